@@ -1,0 +1,1 @@
+"""Published tables, sweep files, and the figures and tables worth keeping."""

@@ -1,0 +1,1 @@
+"""Evaluation task definitions as data: one folder of lm-eval YAML per benchmark."""
