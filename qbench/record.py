@@ -146,8 +146,9 @@ class QuantizationRecord(_Model):
     key: QuantizationKey
     checkpoint: str
     """Display name."""
-    status: Literal["ok", "failed"] = "ok"
+    status: Literal["ok", "failed", "not_applicable"] = "ok"
     error: str | None = None
+    """What went wrong, or the sentence why the method cannot do this scheme."""
     trained: bool = False
     """Whether the low bit width was trained (BitNet) rather than applied afterwards."""
     parameters: int | None = None

@@ -1,0 +1,1 @@
+"""Measuring a model: corpora, perplexity protocols and zero-shot tasks."""

@@ -1,0 +1,1 @@
+"""Checkpoints, decoder blocks and their linears, whatever the architecture."""

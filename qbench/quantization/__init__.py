@@ -1,0 +1,1 @@
+"""Statistics, calibration and the loop over decoder blocks."""

@@ -1,0 +1,1 @@
+"""Stored results: sweeps, tables, plots. Reading them never imports torch."""
