@@ -1,6 +1,7 @@
 """qbench: what does a checkpoint lose at W×A bits, with this method, on these tasks?
 
-Names are imported when first used, so that reading results never loads torch.
+Everything a plugin or a script needs is imported from here. Names are loaded when first used, so
+that reading results never loads torch.
 """
 
 from __future__ import annotations
@@ -11,18 +12,52 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _HOME = {
+    "Baseline": "baseline",
+    "CannotQuantize": "quantization.factorize",
+    "Observer": "quantization.observers",
     "QBenchError": "errors",
+    "QuantizedWeight": "grid",
     "Scheme": "scheme",
+    "Statistics": "quantization.observers",
+    "TransformContext": "baseline",
+    "check_group_size": "grid",
+    "evaluate": "evaluation.evaluate",
+    "get_grid": "grid",
+    "inverse_upper_cholesky": "quantization.factorize",
+    "load_checkpoint": "models.checkpoints",
+    "lower_cholesky": "quantization.factorize",
+    "quantize_model": "quantization.quantize",
+    "round_to_nearest": "grid",
+    "rows_of": "grid",
+    "search_clip": "grid",
 }
 
-__all__ = ["__version__", *_HOME]
+__all__ = ["__version__", *sorted(_HOME)]
 
 if TYPE_CHECKING:
+    from qbench.baseline import Baseline as Baseline
+    from qbench.baseline import TransformContext as TransformContext
     from qbench.errors import QBenchError as QBenchError
+    from qbench.evaluation.evaluate import evaluate as evaluate
+    from qbench.grid import QuantizedWeight as QuantizedWeight
+    from qbench.grid import check_group_size as check_group_size
+    from qbench.grid import get_grid as get_grid
+    from qbench.grid import round_to_nearest as round_to_nearest
+    from qbench.grid import rows_of as rows_of
+    from qbench.grid import search_clip as search_clip
+    from qbench.models.checkpoints import load_checkpoint as load_checkpoint
+    from qbench.quantization.factorize import CannotQuantize as CannotQuantize
+    from qbench.quantization.factorize import inverse_upper_cholesky as inverse_upper_cholesky
+    from qbench.quantization.factorize import lower_cholesky as lower_cholesky
+    from qbench.quantization.observers import Observer as Observer
+    from qbench.quantization.observers import Statistics as Statistics
+    from qbench.quantization.quantize import quantize_model as quantize_model
     from qbench.scheme import Scheme as Scheme
 
 
 def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module 'qbench' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"qbench.{_HOME[name]}"), name)
+    value = getattr(importlib.import_module(f"qbench.{_HOME[name]}"), name)
+    globals()[name] = value  # a submodule of the same name must not shadow it later
+    return value

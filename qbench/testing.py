@@ -104,7 +104,9 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_checkpoint(folder: Path, architecture: str = "llama", seed: int = 0, **changes: Any) -> Path:
+def tiny_checkpoint(
+    folder: Path, architecture: str = "llama", seed: int = 0, **changes: Any
+) -> Path:
     """Save a tiny model with its tokenizer to ``folder`` and return the folder."""
     tiny_model(architecture, seed, **changes).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
@@ -125,4 +127,3 @@ _SENTENCES = [
     for where in ("near the river", "in the kitchen", "before the rain", "at night")
     for why in ("it was late", "she had promised", "the door stood open")
 ]
-

@@ -1,0 +1,172 @@
+"""Activation quantizers: hooks that round what enters linears and the attention product.
+
+They are the same for every baseline and never write into the tensor they are given. Scales are
+taken from each token or from the whole input at run time, or are fixed per tensor at calibration
+(SmoothQuant 2211.10438 Table 2: O1 per token, O2 per tensor, O3 static).
+
+Keys and values are rounded per token and head where attention reads them, so after rotary
+embeddings, as a quantized cache would hand them out. ``bmm`` rounds the outputs of the query, key
+and value projections instead, as SmoothQuant's code does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from qbench.errors import QBenchError
+from qbench.grid import Affine, get_grid
+from qbench.models.blocks import Block
+from qbench.models.linear import Handle, Linear, attach
+from qbench.quantization.observers import Observer
+from qbench.scheme import Scheme
+
+
+class Range(Observer):
+    """Smallest and largest value of the whole input, (2,)."""
+
+    name = "range"
+
+    def __init__(self) -> None:
+        self.value: Tensor | None = None
+
+    def update(self, x: Tensor, n_sequences: int) -> None:
+        """Widen the range."""
+        seen = torch.stack([x.min(), x.max()])
+        if self.value is not None:
+            seen = torch.stack(
+                [torch.minimum(self.value[0], seen[0]), torch.maximum(self.value[1], seen[1])]
+            )
+        self.value = seen
+
+    def result(self) -> Tensor | None:
+        """(smallest, largest) so far."""
+        return self.value
+
+
+@dataclass
+class ActivationQuantizer:
+    """Rounds a tensor (..., channels) to a named grid."""
+
+    bits: int
+    grid: str
+    granularity: str
+    """token (last dimension) or tensor"""
+    static: Affine | None = None
+    """Fixed scale and zero point, (1, 1) each."""
+
+    @classmethod
+    def of(cls, scheme: Scheme, observed: Tensor | None = None) -> ActivationQuantizer:
+        """The quantizer of a resolved scheme; static ones need the observed (min, max)."""
+        static = None
+        if scheme.static:
+            if observed is None:
+                raise QBenchError(f"scheme {scheme}: static scales need calibration data")
+            static = get_grid(scheme.agrid).fit(observed.reshape(1, -1), scheme.abits)
+        return cls(scheme.abits, scheme.agrid, scheme.a_granularity, static)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """A rounded copy of ``x`` in its own dtype."""
+        grid = get_grid(self.grid)
+        if self.static is not None:
+            affine = Affine(*(part.to(x.device) for part in self.static))
+            values = x.float()
+            return grid.decode(grid.encode(values, affine, self.bits), affine).to(x.dtype)
+        if self.granularity == "tensor":
+            return grid.fake_quantize(x.reshape(1, -1), self.bits).reshape(x.shape)
+        return grid.fake_quantize(x, self.bits)
+
+
+@dataclass
+class _InputHook:
+    quantizers: dict[str, ActivationQuantizer]
+    """Per linear name."""
+
+    def __call__(self, linear: Linear, x: Tensor) -> Tensor:
+        return self.quantizers[linear.name](x)
+
+
+@dataclass
+class _OutputHook:
+    quantizer: ActivationQuantizer
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return self.quantizer(output)
+
+
+class _RoundKeysAndValues(TorchFunctionMode):
+    def __init__(self, quantizer: ActivationQuantizer) -> None:
+        super().__init__()
+        self.quantizer = quantizer
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is F.scaled_dot_product_attention:
+            query, key, value, *rest = args
+            args = (query, self.quantizer(key), self.quantizer(value), *rest)
+        return func(*args, **(kwargs or {}))
+
+
+class _AttentionHook:
+    """Hooks that keep a mode active while an attention module runs."""
+
+    def __init__(self, quantizer: ActivationQuantizer) -> None:
+        self.quantizer = quantizer
+        self.modes: list[TorchFunctionMode] = []
+
+    def before(self, module: nn.Module, args: Any) -> None:
+        mode = _RoundKeysAndValues(self.quantizer)
+        mode.__enter__()
+        self.modes.append(mode)
+
+    def after(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.modes.pop().__exit__(None, None, None)
+
+
+def quantize_activations(block: Block, scheme: Scheme, ranges: dict[str, Tensor]) -> list[Handle]:
+    """Attach the activation quantizers of one block; nothing else is changed.
+
+    Args:
+        block: traced.
+        scheme: resolved, of the whole model (overrides are looked up per linear).
+        ranges: for static scales, the observed (min, max) per linear name.
+
+    Raises:
+        QBenchError: KV bits in an architecture whose attention product is not torch's SDPA.
+    """
+    quantizers = {}
+    for name in block.linears:
+        own = scheme.for_linear(f"{block.name}.{name}")
+        if own.abits < 16:
+            quantizers[name] = ActivationQuantizer.of(own, ranges.get(name))
+    handles: list[Handle] = []
+    if quantizers:
+        handles += attach([block.linears[name] for name in quantizers], _InputHook(quantizers))
+    if scheme.bmm:
+        dynamic = ActivationQuantizer(
+            scheme.abits, scheme.agrid, "tensor" if scheme.static else scheme.a_granularity
+        )
+        for name in block.attention_inputs:
+            hook = _OutputHook(dynamic)
+            handles.append(block.linears[name].module.register_forward_hook(hook))
+    if scheme.kvbits < 16:
+        if block.attention is None or not block.uses_sdpa:
+            raise QBenchError(
+                f"KV{scheme.kvbits}: the attention of {block.name} does not go through "
+                "torch's scaled_dot_product_attention, where keys and values are rounded; "
+                "use kvbits 16 for this architecture"
+            )
+        pair = _AttentionHook(ActivationQuantizer(scheme.kvbits, scheme.agrid, "token"))
+        handles.append(block.attention.register_forward_pre_hook(pair.before))
+        handles.append(block.attention.register_forward_hook(pair.after, always_call=True))
+    return handles

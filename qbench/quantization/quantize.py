@@ -1,0 +1,303 @@
+"""The loop over decoder blocks, the same for every method.
+
+    for each block, first to last:
+        collect transform statistics -> baseline.transform(block)
+        for each stage of linears: collect weight statistics -> baseline.quantize_weight(...)
+        replay the block: its outputs are the next block's inputs
+        attach the activation quantizers
+
+Weight statistics come from inputs that passed through the quantized blocks below, with activation
+quantizers off, as in the official GPTQ and QuIP code; a baseline may ask for the full-precision
+stream instead (SmoothQuant). Embeddings, the output head and norms are left alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from qbench.baseline import Baseline, TransformContext, resolve_scheme, why_not
+from qbench.errors import QBenchError, RunFailed
+from qbench.grid import QuantizedWeight, round_to_nearest, stored_bits
+from qbench.models.blocks import Block, find_blocks, trace_block
+from qbench.models.linear import Linear, attach
+from qbench.quantization.activations import Range, quantize_activations
+from qbench.quantization.calibration import capture, observing
+from qbench.quantization.factorize import CannotQuantize
+from qbench.quantization.observers import Observer, Statistics
+from qbench.record import LayerReport
+from qbench.scheme import Scheme
+
+Progress = Callable[[int, int, str], None]
+"""(blocks done, blocks in all, what is next)"""
+
+
+@dataclass
+class Quantization:
+    """What happened to a model."""
+
+    scheme: Scheme
+    """Resolved."""
+    layers: list[LayerReport] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    """Matrices inside decoder blocks that stayed in full precision: name -> why."""
+    notes: list[str] = field(default_factory=list)
+    saveable: bool = True
+    """Whether the weights alone reproduce the model (no online input transform)."""
+
+    @property
+    def effective_bits(self) -> float:
+        """Stored bits per weight over all matrices of the decoder blocks."""
+        total = sum(r.shape[0] * r.shape[1] for r in self.layers)
+        return sum(r.stored_bits for r in self.layers) / total if total else 16.0
+
+
+def quantize_model(
+    model: nn.Module,
+    baseline: Baseline | str,
+    scheme: Scheme | str,
+    calibration: Tensor | None = None,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Quantization:
+    """Quantize a causal language model in place.
+
+    Args:
+        model: any transformers causal language model, on any device, in eval mode.
+        baseline: an instance, a registered name, or ``file.py:Class``.
+        scheme: or its text form; ``auto`` fields are resolved here.
+        calibration: token windows (nsamples, seqlen); needed if the method or static activation
+            scales read data.
+        seed: of the method's randomness; every linear gets a generator of its own.
+        progress: told about every block.
+
+    Raises:
+        QBenchError: an impossible request, before anything is changed.
+        RunFailed: a weight that came out non-finite.
+    """
+    if isinstance(baseline, str):
+        from qbench.registry import load_baseline
+
+        baseline = load_baseline(baseline).instance
+    scheme = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
+    scheme = resolve_scheme(scheme, baseline)
+    result = Quantization(scheme)
+    if scheme.is_identity:
+        return result
+    reason = why_not(baseline, scheme)
+    if reason:
+        raise QBenchError(f"{type(baseline).__name__} cannot do {scheme.label}: {reason}")
+    if needs_calibration(baseline, scheme) and calibration is None:
+        raise QBenchError(
+            f"{type(baseline).__name__} at {scheme} reads calibration data; "
+            "pass token windows (nsamples, seqlen)"
+        )
+    with torch.no_grad():
+        _Loop(model, baseline, scheme, seed, result).run(calibration, progress)
+    return result
+
+
+def needs_calibration(baseline: Baseline, scheme: Scheme) -> bool:
+    """Whether data changes the result of this baseline at this resolved scheme."""
+    if scheme.is_identity:
+        return False
+    weights = scheme.quantizes_weights and bool(baseline.weight_statistics)
+    rewrites = type(baseline).transform is not Baseline.transform
+    return weights or rewrites or bool(baseline.transform_statistics) or scheme.needs_static_scales
+
+
+class _Loop:
+    """One walk through a model; holds what every step needs."""
+
+    def __init__(
+        self, model: nn.Module, baseline: Baseline, scheme: Scheme, seed: int, result: Quantization
+    ) -> None:
+        self.model = model
+        self.baseline = baseline
+        self.scheme = scheme
+        self.seed = seed
+        self.result = result
+
+    def run(self, calibration: Tensor | None, progress: Progress | None) -> None:
+        use_eager_experts(self.model)
+        windows = calibration if calibration is not None else trace_windows(self.model)
+        self.baseline.prepare(self.model, self.generator("prepare"))
+        captured = capture(self.model, windows)
+        hidden = captured.hidden
+        blocks = find_blocks(self.model)
+        for number, (name, module) in enumerate(blocks):
+            if progress:
+                progress(number, len(blocks), name)
+            block = trace_block(name, module, captured.runner(name, module), hidden[0])
+            self.result.skipped |= {f"{name}.{n}": why for n, why in block.skipped.items()}
+            hidden = self.quantize_block(block, hidden, replay=calibration is not None)
+        if progress:
+            progress(len(blocks), len(blocks), "done")
+
+    def generator(self, name: str) -> torch.Generator:
+        """A generator that depends on the run's seed and a name, not on what ran before."""
+        digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+    def quantize_block(self, block: Block, hidden: list[Tensor], replay: bool) -> list[Tensor]:
+        """Quantize one block in place; returns what enters the next one."""
+        outputs: list[Tensor] | None = None
+        full_precision = self.baseline.calibrate_on == "full_precision"
+        if type(self.baseline).transform is not Baseline.transform:
+            wanted = self.baseline.transform_statistics
+            stats, outputs = collect(block, list(block.linears), wanted, hidden)
+            generator = self.generator(f"{block.name}.transform")
+            context = TransformContext(block, self.scheme, stats, hidden, outputs, generator)
+            self.baseline.transform(block, context)
+        elif full_precision and replay:
+            outputs = [block.run(h, i) for i, h in enumerate(hidden)]
+
+        ranges: dict[str, Tensor] = {}
+        for stage in self.baseline.stages(block):
+            self.quantize_stage(block, stage, hidden, ranges)
+        if not full_precision and replay:
+            outputs = [block.run(h, i) for i, h in enumerate(hidden)]
+        quantize_activations(block, self.scheme, ranges)
+        # without data only the trace reads these, and any hidden states will do
+        return outputs if outputs is not None else hidden
+
+    def quantize_stage(
+        self, block: Block, names: list[str], hidden: list[Tensor], ranges: dict[str, Tensor]
+    ) -> None:
+        wanted: tuple[str | type[Observer], ...] = ()
+        if self.scheme.quantizes_weights:
+            wanted += self.baseline.weight_statistics
+        if self.scheme.needs_static_scales:
+            wanted += (Range,)
+        stats = {name: Statistics() for name in names}
+        if wanted:
+            stats, _ = collect(block, names, wanted, hidden)
+        for name in names:
+            if "range" in stats[name] and stats[name].n_tokens:
+                ranges[name] = stats[name]["range"]
+            if self.scheme.quantizes_weights:
+                self.quantize_linear(block, block.linears[name], stats[name])
+
+    def quantize_linear(self, block: Block, linear: Linear, stats: Statistics) -> None:
+        """Quantize one matrix in place and report it; one kept at 16 bits is reported too."""
+        started = time.perf_counter()
+        full_name = f"{block.name}.{linear.name}"
+        scheme = self.scheme.for_linear(full_name)
+        weight = linear.weight.float()
+        if scheme.wbits >= 16:
+            self.result.layers.append(
+                LayerReport(
+                    name=full_name,
+                    shape=linear.shape,
+                    scheme=str(scheme),
+                    relative_error=0.0,
+                    stored_bits=16.0 * weight.numel(),
+                )
+            )
+            return
+        quantized, fallback = self.round_weight(full_name, weight.clone(), scheme, stats)
+        if not torch.isfinite(quantized.weight).all():
+            raise RunFailed(
+                f"{type(self.baseline).__name__} gave non-finite weights in {full_name} "
+                f"at {scheme}; nothing was stored"
+            )
+        report = dict(quantized.report or {})
+        damping = report.pop("damping", None)
+        rotated = quantized.input_transform is not None
+        delta = None if rotated else weight - quantized.weight.float()
+        self.result.layers.append(
+            LayerReport(
+                name=full_name,
+                shape=linear.shape,
+                scheme=str(scheme),
+                relative_error=None if delta is None else _ratio(_square(delta), _square(weight)),
+                proxy_loss=None if delta is None else proxy_loss(delta, weight, stats),
+                stored_bits=stored_bits(quantized, scheme),
+                damping=damping,  # type: ignore[arg-type]
+                fallback=fallback,
+                seconds=round(time.perf_counter() - started, 4),
+                extra=report,
+            )
+        )
+        linear.set_weight_(quantized.weight)
+        if quantized.input_transform is not None:
+            transform = quantized.input_transform
+            attach([linear], lambda _, x: transform(x))
+            self.result.saveable = False
+
+    def round_weight(
+        self, name: str, weight: Tensor, scheme: Scheme, stats: Statistics
+    ) -> tuple[QuantizedWeight, str | None]:
+        """The method's own rounding, or rounding to nearest and the reason for it."""
+        try:
+            if self.baseline.weight_statistics and not stats.n_tokens:
+                raise CannotQuantize("no calibration token reached it")
+            quantized = self.baseline.quantize_weight(weight, scheme, stats, self.generator(name))
+        except CannotQuantize as reason:
+            return round_to_nearest(weight, scheme), str(reason)
+        if isinstance(quantized, Tensor):
+            quantized = QuantizedWeight(quantized)
+        return quantized, None
+
+
+def collect(
+    block: Block,
+    names: list[str],
+    wanted: tuple[str | type[Observer], ...],
+    hidden: list[Tensor],
+) -> tuple[dict[str, Statistics], list[Tensor]]:
+    """Run the block over all batches and observe what enters the named linears.
+
+    Returns:
+        Statistics per name, one object for linears that read the same tensor; and the outputs.
+    """
+    chosen = set(names)
+    stats: dict[str, Statistics] = {}
+    leaders: dict[str, Statistics] = {}
+    for group in block.input_groups:
+        members = [name for name in group if name in chosen]
+        if members:
+            shared = Statistics(wanted)
+            leaders[members[0]] = shared
+            stats |= dict.fromkeys(members, shared)
+    with observing(
+        [block.linears[name] for name in leaders], lambda linear, x: leaders[linear.name].update(x)
+    ):
+        outputs = [block.run(h, i) for i, h in enumerate(hidden)]
+    return stats, outputs
+
+
+def proxy_loss(delta: Tensor, weight: Tensor, stats: Statistics) -> float | None:
+    """tr(ΔHΔᵀ) / tr(WHWᵀ) in the original basis, undamped; None without a hessian."""
+    if "hessian" not in stats or stats.hessian is None:
+        return None
+    hessian = stats.hessian.to(weight.device)
+    return _ratio(((delta @ hessian) * delta).sum(), ((weight @ hessian) * weight).sum())
+
+
+def _square(x: Tensor) -> Tensor:
+    return x.double().square().sum()
+
+
+def _ratio(part: Tensor, whole: Tensor) -> float | None:
+    return float(part / whole) if whole > 0 else None
+
+
+def trace_windows(model: nn.Module) -> Tensor:
+    """A few arbitrary tokens (1, 16), to trace blocks when no method needs data."""
+    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, vocabulary, (1, 16), generator=generator)
+
+
+def use_eager_experts(model: nn.Module) -> None:
+    """Switch fused experts, if any, to one product per expert, where each input can be seen."""
+    fused = any(p.ndim == 3 for _, block in find_blocks(model) for p in block.parameters())
+    if fused and hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
