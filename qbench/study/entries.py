@@ -1,0 +1,273 @@
+"""From the long table to what a row of a table, or a point of a plot, shows.
+
+An entry is one run with one number per column. Where a run was measured several times on one task
+(another limit, other shots) the largest measurement is shown and the others are told in a note, so
+nothing is mixed in silence. :func:`deviations` says how a number was measured differently from the
+rest of its column.
+
+Left out on purpose: how numbers are written (:mod:`qbench.study.sheet`).
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from qbench.errors import QBenchError, unknown
+from qbench.scheme import Scheme
+from qbench.study.frame import RUN_COLUMNS, TASK_COLUMNS
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+Key = tuple[str, str]
+"""(task, protocol) of a perplexity, (task, "") of an accuracy: what shares a column."""
+
+CONDITIONS = ("protocol", "metric", "num_fewshot", "fewshot_seed", "limit", "encoding", "dtype")
+_IDENTITIES = {"definition": "another task definition", "data": "other data"}
+_CONDITIONS = (*CONDITIONS, "max_length", "task_version", *_IDENTITIES)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The number one cell shows; ``value`` is None where the measurement failed."""
+
+    task: str
+    kind: str
+    metric: str
+    value: float | None
+    stderr: float | None = None
+    n_items: int | None = None
+    chance: float | None = None
+    conditions: dict[str, Any] = field(default_factory=dict)
+    """How it was measured; empty for a published number."""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One run, or one row that was published or is computed (``source``)."""
+
+    facts: dict[str, Any]
+    """The run's columns of the long table."""
+    method: str
+    cells: dict[Key, Measured]
+    source: str = "measured"
+
+    @property
+    def full_precision(self) -> bool:
+        """Whether this is the row the others are compared with."""
+        scheme = self.facts.get("scheme")
+        return scheme is not None and not self.trained and Scheme.parse(scheme).is_identity
+
+    @property
+    def trained(self) -> bool:
+        """Whether the low bit width was trained."""
+        return bool(self.facts.get("trained"))
+
+    @property
+    def ptq(self) -> bool:
+        """Whether a finished model was quantized: the rows that compete for "best"."""
+        return self.source == "measured" and not (self.trained or self.full_precision)
+
+
+def select(
+    table: DataFrame,
+    checkpoints: Sequence[str] | None = None,
+    baselines: Sequence[str] | None = None,
+    schemes: Sequence[str] | None = None,
+    tasks: Sequence[str] | None = None,
+    num_fewshot: int | None = None,
+) -> DataFrame:
+    """The part of the long table that was asked for; every name may be a shell-style pattern.
+
+    Raises:
+        QBenchError: for a pattern that matches nothing, naming what there is.
+    """
+    for column, patterns in (("checkpoint", checkpoints), ("baseline", baselines)):
+        if patterns:
+            table = table[_matches(table[column], patterns, column)]
+    if schemes:
+        known = set(table["label"]) | set(table["scheme"])
+        chosen = _matching(known, schemes, "scheme")
+        table = table[table["label"].isin(chosen) | table["scheme"].isin(chosen)]
+    wanted = table["task"].notna()
+    if tasks:
+        wanted &= _matches(table["task"], tasks, "task")
+    if num_fewshot is not None:
+        wanted &= (table["num_fewshot"] == num_fewshot).fillna(False)
+    if table.empty or not (wanted.any() or table["task"].isna().all()):
+        raise QBenchError("nothing that is stored passes all filters together; drop one of them")
+    return table[wanted | table["task"].isna()]
+
+
+def entries(table: DataFrame, metric: str = "acc") -> list[Entry]:
+    """One entry per run of the long table, in its order, each with one number per column."""
+    runs: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in table.astype(object).where(table.notna(), None).to_dict("records"):
+        runs[row["run"]].append({str(name): value for name, value in row.items()})
+    kinds = {
+        (row["task"], row["protocol"]): row["kind"]
+        for rows in runs.values()
+        for row in rows
+        if row["kind"]
+    }
+    found = []
+    for rows in runs.values():
+        facts = {name: rows[0][name] for name in RUN_COLUMNS}
+        found.append(Entry(facts, str(facts["baseline"]), _cells(rows, metric, kinds)))
+    return _named(found)
+
+
+def common(measured: Iterable[Measured]) -> dict[str, Any]:
+    """For each condition, the value most numbers of a column share."""
+    numbers = [number for number in measured if number.conditions]
+    return {
+        name: Counter(number.conditions.get(name) for number in numbers).most_common(1)[0][0]
+        for name in _CONDITIONS
+        if numbers
+    }
+
+
+def deviations(measured: Measured, usual: dict[str, Any]) -> str:
+    """How this number was measured differently from the rest of its column; "" if it was not."""
+    parts = []
+    for name in _CONDITIONS:
+        if measured.conditions and measured.conditions.get(name) != usual.get(name):
+            parts.append(say(name, measured.conditions.get(name)))
+    return ", ".join(parts)
+
+
+def say(condition: str, value: Any) -> str:
+    """A condition in words: "4-shot", "limit=100", "metric acc_norm"."""
+    if condition in _IDENTITIES:
+        return _IDENTITIES[condition]
+    if condition == "num_fewshot":
+        return f"{value}-shot"
+    if condition == "limit":
+        return "no limit" if value is None else f"limit={value}"
+    words = {"fewshot_seed": "few-shot seed", "max_length": "context", "task_version": "version"}
+    return f"{words.get(condition, condition)} {value}"
+
+
+def _cells(
+    rows: list[dict[str, Any]], metric: str, kinds: dict[tuple[str, str], str]
+) -> dict[Key, Measured]:
+    """The number of each column: the largest measurement, the others told in a note."""
+    records: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        if row["task"] is not None:
+            own = [row[name] for name in TASK_COLUMNS if name not in ("metric", "value", "stderr")]
+            records[tuple(own)].append(row)
+    candidates: dict[Key, list[tuple[tuple[Any, ...], Measured]]] = defaultdict(list)
+    for same in records.values():
+        row = _wanted(same, metric)
+        assumed = "accuracy" if row["protocol"] == "lm-eval" else "perplexity"
+        kind = row["kind"] or kinds.get((row["task"], row["protocol"]), assumed)
+        key = (row["task"], row["protocol"] if kind == "perplexity" else "")
+        # finished before failed, then the most items, the fewest shots, the newest
+        rank = (row["task_status"] == "ok", row["n_items"] or 0, -row["num_fewshot"])
+        candidates[key].append(((*rank, row["task_created"] or ""), _measured(row, kind)))
+    return {key: _first(sorted(c, key=lambda pair: pair[0])) for key, c in candidates.items()}
+
+
+def _first(candidates: list[tuple[tuple[Any, ...], Measured]]) -> Measured:
+    *others, chosen = [measured for _, measured in candidates]
+    notes = []
+    for other in others:
+        value = "failed" if other.value is None else f"{other.value:.4g}"
+        how = deviations(other, chosen.conditions) or "older"
+        notes.append(f"also stored for {chosen.task}, not shown: {value} ({how})")
+    return Measured(**{**chosen.__dict__, "notes": (*chosen.notes, *notes)})
+
+
+def _wanted(rows: list[dict[str, Any]], metric: str) -> dict[str, Any]:
+    """The row of the wanted metric, or of the nearest one that was measured."""
+    by_name = {row["metric"]: row for row in rows}
+    order = [metric, "acc", "perplexity", "word_perplexity"]
+    if rows[0]["kind"] == "perplexity":
+        order = ["word_perplexity", "perplexity", "byte_perplexity"]
+    return next((by_name[name] for name in order if name in by_name), rows[0])
+
+
+def _measured(row: dict[str, Any], kind: str) -> Measured:
+    failed = row["task_status"] == "failed"
+    error = (row["task_error"] or "no reason was stored").splitlines()[0]
+    return Measured(
+        task=row["task"],
+        kind=kind,
+        metric=row["metric"] or "",
+        # None became of NaN on the way here, and a finished measurement always has a number
+        value=None if failed else float("nan") if row["value"] is None else row["value"],
+        stderr=row["stderr"],
+        n_items=row["n_items"],
+        chance=row["chance"],
+        conditions={} if failed else {name: row[name] for name in _CONDITIONS},
+        notes=(f"{row['task']} failed: {error}",) if failed else (),
+    )
+
+
+def _named(found: list[Entry]) -> list[Entry]:
+    """Give each entry a method name that tells it apart from the others."""
+    settings = [_settings(entry.facts) for entry in found]
+    varying: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for entry, setting in zip(found, settings, strict=True):
+        for name, value in setting.items():
+            varying[entry.method][name].add(value)
+    named = []
+    for entry, setting in zip(found, settings, strict=True):
+        differing = [
+            f"{name}={value}"
+            for name, value in setting.items()
+            if len(varying[entry.method][name]) > 1
+        ]
+        method = " ".join([entry.method, *differing])
+        method = "full precision" if entry.full_precision else method
+        named.append(Entry(entry.facts, "trained" if entry.trained else method, entry.cells))
+    return _told_apart(named)
+
+
+def _settings(facts: dict[str, Any]) -> dict[str, str]:
+    """What the user chose for a method, beside the scheme; what was not needed is left out."""
+    chosen = dict(json.loads(facts["hyperparameters"]))
+    for name in ("source", "nsamples", "seqlen", "seed"):
+        chosen[f"calibration.{name}"] = facts[f"calibration_{name}"]
+    chosen |= {"seed": facts["seed"], "version": facts["baseline_version"]}
+    return {name: str(value) for name, value in chosen.items() if value is not None}
+
+
+def _told_apart(found: list[Entry]) -> list[Entry]:
+    """Add to rows that would read the same whatever else differs between them."""
+    alike: dict[tuple[Any, ...], list[Entry]] = defaultdict(list)
+    for entry in found:
+        facts = entry.facts
+        alike[(facts["checkpoint"], facts["label"], facts["grid"], entry.method)].append(entry)
+    names = ("w_granularity", "a_granularity", "agrid", "static", "bmm", "overrides")
+    hidden = (*names, "calibration_tokens", "weights", "baseline_source", "run")
+    told = {}
+    for same in alike.values():
+        differing = [n for n in hidden if len({str(entry.facts[n]) for entry in same}) > 1]
+        if set(differing) - {"run"}:
+            differing.remove("run")  # the folder name is the last resort
+        for entry in same:
+            extra = [f"{name}={str(entry.facts[name])[-24:]}" for name in differing]
+            told[id(entry)] = " ".join([entry.method, *extra])
+    return [Entry(e.facts, told[id(e)], e.cells, e.source) for e in found]
+
+
+def _matches(column: Any, patterns: Sequence[str], what: str) -> Any:
+    return column.isin(_matching(set(column.dropna()), patterns, what))
+
+
+def _matching(known: set[str], patterns: Sequence[str], what: str) -> set[str]:
+    chosen: set[str] = set()
+    for pattern in patterns:
+        hits = {n for n in known if n == pattern or fnmatch.fnmatchcase(n, pattern)}
+        if not hits:
+            raise unknown(what, pattern, known)
+        chosen |= hits
+    return chosen

@@ -1,0 +1,38 @@
+"""What the papers call the tasks, and what guessing scores on them.
+
+A task that is not listed keeps its own name and has no chance level, unless its record brings one
+(``details["chance"]``).
+"""
+
+from __future__ import annotations
+
+_KNOWN = {  # how a task's name begins -> (column heading of the papers, share right by guessing)
+    "wsc": ("WG", 0.5),
+    "winograd_": ("WG", 0.5),
+    "winogrande": ("WGe", 0.5),
+    "hellaswag": ("HS", 0.25),
+    "storycloze": ("SC", 0.5),
+    "arc_easy": ("ARCe", 0.25),
+    "arc_challenge": ("ARCc", 0.25),
+    "boolq": ("BQ", 0.5),
+    "openbookqa": ("OQ", 0.25),
+    "piqa": ("PQ", 0.5),
+    "lambada": ("LA", 0.0),
+}
+
+
+def short_name(task: str) -> str:
+    """The papers' heading of a task ("HS"), or the task's own name."""
+    return next((known[0] for start, known in _KNOWN.items() if task.startswith(start)), task)
+
+
+def chance_level(task: str) -> float | None:
+    """The share of right answers by guessing, or None where it is not known."""
+    return next((known[1] for start, known in _KNOWN.items() if task.startswith(start)), None)
+
+
+def task_order(task: str) -> tuple[int, str]:
+    """Sort key: the papers' tasks in the papers' order, then the others by name."""
+    starts = list(_KNOWN)
+    rank = next((i for i, start in enumerate(starts) if task.startswith(start)), len(starts))
+    return rank, task

@@ -1,0 +1,104 @@
+"""Tables of everything in a store, in one call.
+
+``table(store)`` compares; other layouts and formats are names. Reading results never imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from qbench.errors import QBenchError, unknown
+from qbench.study import render
+from qbench.study.entries import Entry, entries, select
+from qbench.study.frame import frame
+from qbench.study.layouts import LAYOUTS, Options, lay_out
+from qbench.study.sheet import Sheet
+from qbench.study.store import Store
+
+METRICS = ("acc", "acc_norm", "acc_token")
+FORMATS: dict[str, Callable[[Sheet], str]] = {
+    "md": render.markdown,
+    "latex": render.latex,
+    "csv": render.tidy_csv,
+    "html": render.html_page,
+    "terminal": render.terminal,
+}
+
+
+def table(
+    store: Store,
+    layout: str = "comparison",
+    *,
+    metric: str = "acc",
+    against: str | None = None,
+    delta: bool = False,
+    format: str = "md",
+    width: int = 100,
+    checkpoints: Sequence[str] | None = None,
+    baselines: Sequence[str] | None = None,
+    schemes: Sequence[str] | None = None,
+    tasks: Sequence[str] | None = None,
+    num_fewshot: int | None = None,
+) -> str:
+    """Everything stored, as text.
+
+    Args:
+        store: where the results are.
+        layout: ``comparison``, ``bitnet-table3`` or ``b158-table2``.
+        metric: ``acc``, ``acc_norm`` (per character) or ``acc_token`` (per token); a task that
+            has it not shows its ``acc`` and says so.
+        against: name of a published table whose rows are added, labelled as published.
+        delta: add the difference to the full-precision row.
+        format: ``md``, ``latex``, ``csv``, ``html`` or ``terminal``.
+        width: characters in a line, for the terminal.
+        checkpoints: keep these only; this and the next three take shell-style patterns.
+        baselines: keep these methods only.
+        schemes: keep these only, by label (``W4A16``) or full text.
+        tasks: keep these columns only.
+        num_fewshot: keep measurements with this many examples only.
+
+    Raises:
+        QBenchError: for an empty store, an unknown name or filters that leave nothing.
+    """
+    if format not in FORMATS:
+        raise unknown("format", format, FORMATS)
+    if layout not in LAYOUTS:
+        raise unknown("layout", layout, LAYOUTS)
+    rows = stored_entries(
+        store,
+        metric,
+        checkpoints=checkpoints,
+        baselines=baselines,
+        schemes=schemes,
+        tasks=tasks,
+        num_fewshot=num_fewshot,
+    )
+    sheet = lay_out(layout, rows, Options(metric, against, delta))
+    return render.terminal(sheet, width) if format == "terminal" else FORMATS[format](sheet)
+
+
+def stored_entries(
+    store: Store,
+    metric: str = "acc",
+    *,
+    checkpoints: Sequence[str] | None = None,
+    baselines: Sequence[str] | None = None,
+    schemes: Sequence[str] | None = None,
+    tasks: Sequence[str] | None = None,
+    num_fewshot: int | None = None,
+) -> list[Entry]:
+    """The rows behind tables and plots, filtered as :func:`table` says.
+
+    Raises:
+        QBenchError: for an empty store, an unknown name or filters that leave nothing.
+    """
+    if metric not in METRICS:
+        raise unknown("metric", metric, METRICS)
+    long = frame(store)
+    if long.empty:
+        raise QBenchError(
+            f"no results are stored in {store.root}; make some with `qbench demo`, `qbench run` "
+            "or `qbench sweep`, or name another folder with --results"
+        )
+    chosen = select(long, checkpoints, baselines, schemes, tasks, num_fewshot)
+    return entries(chosen, metric)
