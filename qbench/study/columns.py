@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from qbench.study.entries import Entry, Key, Measured, common, deviations, say
 from qbench.study.sheet import (
@@ -156,7 +157,7 @@ def _best(entries: Sequence[Entry], cells: list[Cell]) -> list[Cell]:
         best = min(values.values()) if lower else max(values.values())
         for index in indices:
             if values[index] == best:
-                marked[index] = Cell(**{**cells[index].__dict__, "best": True})
+                marked[index] = replace(cells[index], best=True)
     return marked
 
 

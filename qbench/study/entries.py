@@ -14,7 +14,7 @@ import fnmatch
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from qbench.errors import QBenchError, unknown
@@ -57,6 +57,8 @@ class Entry:
     method: str
     cells: dict[Key, Measured]
     source: str = "measured"
+    series: str = ""
+    """The method name that schemes share: which points of a plot belong together."""
 
     @property
     def full_precision(self) -> bool:
@@ -182,7 +184,7 @@ def _first(candidates: list[tuple[tuple[Any, ...], Measured]]) -> Measured:
         value = "failed" if other.value is None else f"{other.value:.4g}"
         how = deviations(other, chosen.conditions) or "older"
         notes.append(f"also stored for {chosen.task}, not shown: {value} ({how})")
-    return Measured(**{**chosen.__dict__, "notes": (*chosen.notes, *notes)})
+    return replace(chosen, notes=(*chosen.notes, *notes))
 
 
 def _wanted(rows: list[dict[str, Any]], metric: str) -> dict[str, Any]:
@@ -227,7 +229,8 @@ def _named(found: list[Entry]) -> list[Entry]:
         ]
         method = " ".join([entry.method, *differing])
         method = "full precision" if entry.full_precision else method
-        named.append(Entry(entry.facts, "trained" if entry.trained else method, entry.cells))
+        method = "trained" if entry.trained else method
+        named.append(replace(entry, method=method, series=method))
     return _told_apart(named)
 
 
@@ -256,7 +259,7 @@ def _told_apart(found: list[Entry]) -> list[Entry]:
         for entry in same:
             extra = [f"{name}={str(entry.facts[name])[-24:]}" for name in differing]
             told[id(entry)] = " ".join([entry.method, *extra])
-    return [Entry(e.facts, told[id(e)], e.cells, e.source) for e in found]
+    return [replace(entry, method=told[id(entry)]) for entry in found]
 
 
 def _matches(column: Any, patterns: Sequence[str], what: str) -> Any:

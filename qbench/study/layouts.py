@@ -63,6 +63,11 @@ def perplexity_keys(entries: Sequence[Entry]) -> list[Key]:
     return sorted({key for entry in entries for key in entry.cells if key[1]})
 
 
+def by_size(entry: Entry) -> tuple[int, str]:
+    """Sort key of checkpoints: smallest first, unknown sizes before."""
+    return entry.facts["parameters"] or 0, entry.facts["checkpoint"]
+
+
 def _comparison(entries: list[Entry], options: Options) -> Sheet:
     keys = accuracy_keys(entries)
     rows, rules = _ordered(entries + _published(options, keys))
@@ -157,13 +162,14 @@ def _sheet(
 
 
 def _ordered(entries: list[Entry]) -> tuple[list[Entry], set[int]]:
-    """By checkpoint, then bits descending as in the papers; and where a new checkpoint begins.
+    """By checkpoint, smallest first, then bits descending; and where a new checkpoint begins.
 
     One full-precision checkpoint makes one block with everything in it, so that a trained model or
     a published number stands beside what it is compared with.
     """
     measured = [e for e in entries if e.source == "measured"]
-    homes = list(dict.fromkeys(e.facts["checkpoint"] for e in measured if not e.trained))
+    own = sorted((entry for entry in measured if not entry.trained), key=by_size)
+    homes = list(dict.fromkeys(entry.facts["checkpoint"] for entry in own))
     one_block = len(homes) <= 1
 
     def block(entry: Entry) -> tuple[int, str]:

@@ -180,7 +180,9 @@ def terminal(sheet: Sheet, width: int = 100) -> str:
     console = Console(file=text, width=width, color_system=None, force_terminal=False)
     console.print(Text(sheet.title))
     for columns in _pieces(sheet, width):
+        console.print()
         console.print(_rich_table(sheet, columns))
+    console.print()
     for line in _below(sheet, "marked *"):
         console.print(Text(line))
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"

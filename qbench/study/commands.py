@@ -1,0 +1,197 @@
+"""What ``qbench run``, ``sweep``, ``check`` and ``doctor`` do, as functions that return exit codes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from qbench.errors import QBenchError
+from qbench.models.checkpoints import Checkpoint, find_checkpoint
+from qbench.progress import Reporter
+from qbench.record import QuantizationRecord, TaskRecord
+from qbench.registry import load_baseline
+from qbench.scheme import Scheme
+from qbench.study.runner import Cell, Settings, Workbench
+from qbench.study.store import Store
+from qbench.study.sweep import Sweep
+
+
+@dataclass(frozen=True)
+class Run:
+    """What ``qbench run`` was asked for, besides settings."""
+
+    checkpoint: str
+    baseline: str
+    fields: tuple[str, ...]
+    scheme: str
+    save: Path | None = None
+    allow_pickle: bool = False
+
+
+def run(chosen: Run, settings: Settings, results: Path) -> int:
+    """Quantize and measure one cell; print what came out."""
+    cell = Cell.of(
+        load_baseline(chosen.baseline, parse_fields(chosen.fields)), Scheme.parse(chosen.scheme)
+    )
+    if cell.not_applicable:
+        raise QBenchError(f"{cell.baseline.spec.name} cannot do {cell.scheme}: {cell.not_applicable}")
+    if chosen.save is not None:
+        from qbench.models.saving import check_target
+
+        check_target(chosen.save)
+    checkpoint = find_checkpoint(chosen.checkpoint, allow_pickle=chosen.allow_pickle)
+    store = Store(results)
+    store.check_writable()
+    bench = Workbench(checkpoint, settings, store)
+    reporter = Reporter()
+    reporter.line(f"{checkpoint.name} · {cell}")
+    plan = bench.plan(cell)
+    for spec in plan.stored:
+        record = store.find_task(checkpoint.name, plan.key, bench.task_key(plan.key, spec))
+        print(f"{describe(record)}  (stored)" if record else "")
+    if plan.failed:
+        raise_stored(plan.failed)
+    failures = 0
+    for record in bench.run(cell, reporter, save=chosen.save):
+        failures += record.status == "failed"
+        print(describe(record), file=sys.stderr if record.status == "failed" else sys.stdout)
+    if chosen.save is not None:
+        reporter.line(f"saved to {chosen.save}")
+        if cell.scheme.quantizes_activations:
+            reporter.line("note: a checkpoint holds weights; activation quantizers are not in it")
+    return 1 if failures else 0
+
+
+def raise_stored(error: str) -> None:
+    """Report a failure that is stored and not to be repeated."""
+    from qbench.errors import RunFailed
+
+    raise RunFailed(f"this failed before: {error}; repeat it with --retry-failed")
+
+
+def sweep(
+    file: Path,
+    data: Path | None,
+    results: Path | None,
+    dry_run: bool,
+    retry_failed: bool,
+    allow_pickle: bool,
+) -> int:
+    """Run, or only plan, every cell of a sweep file."""
+    asked = Sweep.read(file)
+    asked = asked.model_copy(
+        update={k: v for k, v in (("data", data), ("results", results)) if v is not None}
+    )
+    return run_sweep(asked, Reporter(), dry_run, retry_failed, allow_pickle)
+
+
+def run_sweep(
+    asked: Sweep,
+    reporter: Reporter,
+    dry_run: bool = False,
+    retry_failed: bool = False,
+    allow_pickle: bool = False,
+) -> int:
+    """Plan every cell first, so that a mistake shows before anything runs; then run what is left."""
+    settings, cells = asked.settings(retry_failed), asked.cells()
+    store = Store(asked.results)
+    if not dry_run:
+        store.check_writable()
+    benches = [
+        Workbench(find_checkpoint(name, allow_pickle=allow_pickle), settings, store)
+        for name in asked.checkpoints
+    ]
+    plans = [(bench, bench.plan(cell)) for bench in benches for cell in cells]
+    if dry_run:
+        from qbench.study.planning import plan_lines
+
+        print("\n".join(plan_lines(plans)))
+        return 0
+    failures = 0
+    for number, (bench, plan) in enumerate(plans, 1):
+        head = f"[{number}/{len(plans)}] {bench.checkpoint.name} · {plan.cell}"
+        if plan.is_done and not plan.not_applicable:
+            reporter.line(f"{head}: stored")
+            failures += plan.failed is not None
+            continue
+        reporter.line(head)
+        try:
+            for record in bench.run(plan.cell, reporter):
+                failures += record.status == "failed"
+                reporter.line(f"    {describe(record)}")
+        except QBenchError as error:  # this cell cannot be; the others can
+            if isinstance(error, StoreError):
+                raise
+            failures += 1
+            reporter.line(f"    failed: {error}")
+    reporter.line(
+        f"results in {asked.results}"
+        + (f"; {failures} failed, repeat them with --retry-failed" if failures else "")
+    )
+    return 1 if failures else 0
+
+
+def describe(record: QuantizationRecord | TaskRecord) -> str:
+    """One line about a record."""
+    if isinstance(record, QuantizationRecord):
+        if record.status == "not_applicable":
+            return f"not applicable: {record.error}"
+        if record.status == "failed":
+            return f"quantization failed: {record.error}"
+        fallback = f", {record.fallbacks} layers rounded to nearest" if record.fallbacks else ""
+        bits = f"{record.effective_bits:.2f} bits per weight" if record.effective_bits else ""
+        return f"quantized {len(record.layers)} matrices, {bits}{fallback}"
+    key = record.key
+    shots = f", {key.num_fewshot}-shot" if key.num_fewshot else ""
+    head = f"{key.task} [{key.protocol}{shots}]"
+    if record.status == "failed":
+        return f"{head} failed: {record.error}"
+    numbers = "  ".join(
+        f"{name} {metric.as_float():.4f}" + (f" ± {metric.stderr:.4f}" if metric.stderr else "")
+        for name, metric in record.metrics.items()
+    )
+    return f"{head}  {numbers}  (n={record.n_items})"
+
+
+def parse_fields(pairs: Sequence[str]) -> dict[str, str]:
+    """``["alpha=0.7"]`` as a mapping.
+
+    Raises:
+        QBenchError: for an entry that is not name=value.
+    """
+    fields = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not (name and equals):
+            raise QBenchError(f"--set {pair!r} is not field=value, as in --set percdamp=0.01")
+        fields[name.strip()] = value.strip()
+    return fields
+
+
+def check(baseline: str, fields: Iterable[str]) -> int:
+    """Run the conformance suite over one baseline and print a line per check."""
+    from qbench.conformance import check_baseline
+
+    loaded = load_baseline(baseline, parse_fields(tuple(fields)))
+    outcomes = check_baseline(loaded.instance)
+    for outcome in outcomes:
+        print(outcome)
+    failed = sum(outcome.problem is not None for outcome in outcomes)
+    verdict = f"{failed} of {len(outcomes)} checks failed" if failed else "all checks passed"
+    print(f"{loaded.spec.name}: {verdict}")
+    return 1 if failed else 0
+
+
+def doctor(data: Path | None, results: Path) -> int:
+    """Print what was found; 1 if something a run needs is missing."""
+    from qbench.study.doctor import examine
+
+    findings = examine(data, results)
+    for finding in findings:
+        print(finding)
+    return 1 if any(finding.is_problem for finding in findings) else 0
+
+
+__all__ = ["Checkpoint", "replace"]

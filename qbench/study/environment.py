@@ -1,0 +1,86 @@
+"""Where and with what a measurement was made: in every record, never in a key."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+PACKAGES = ("qbench", "torch", "transformers", "lm_eval", "datasets", "tokenizers", "numpy")
+
+
+def environment(device: str = "cpu") -> dict[str, str]:
+    """Versions, processor and threads, as text."""
+    found = {"python": platform.python_version(), "system": platform.platform()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    found["cpu"] = _processor()
+    found["cpus"] = str(len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count())
+    found["device"] = device
+    if "torch" in sys.modules:
+        import torch
+
+        found["threads"] = str(torch.get_num_threads())
+        if device.startswith("cuda"):
+            found["gpu"] = torch.cuda.get_device_name(device)
+    return found
+
+
+@contextmanager
+def peak_memory(device: str = "cpu") -> Iterator[dict[str, int]]:
+    """Yield a dict that holds ``bytes``, the peak while the block ran, once it has ended.
+
+    On Linux this is the process's own peak, reset at the start; elsewhere the peak since the
+    process began. On a GPU it is what torch allocated there.
+    """
+    peak: dict[str, int] = {}
+    on_gpu = device.startswith("cuda")
+    if on_gpu:
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        _reset_peak()
+    try:
+        yield peak
+    finally:
+        if on_gpu:
+            import torch
+
+            peak["bytes"] = int(torch.cuda.max_memory_allocated(device))
+        else:
+            peak["bytes"] = _peak()
+
+
+def _reset_peak() -> None:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return  # not Linux, or not allowed: the peak then covers the whole process
+
+
+def _peak() -> int:
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError, ValueError):
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

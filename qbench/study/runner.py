@@ -1,0 +1,311 @@
+"""One checkpoint, many cells: quantize a copy, measure it, store every result as it comes.
+
+A cell is a baseline at a scheme. What does not depend on the cell (the model in memory, the
+calibration windows, prepared tasks) is made once. What is stored already is not measured again;
+a failure is stored with its error and repeated only on request.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qbench.baseline import resolve_scheme, why_not
+from qbench.errors import QBenchError, RunFailed
+from qbench.evaluation.tasks import EvaluationOptions, PreparedTask, TaskSpec
+from qbench.models.checkpoints import Checkpoint
+from qbench.progress import Reporter
+from qbench.quantization.quantize import Quantization, needs_calibration, quantize_model
+from qbench.record import (
+    CalibrationSpec,
+    LayerReport,
+    QuantizationKey,
+    QuantizationRecord,
+    TaskKey,
+    TaskRecord,
+)
+from qbench.registry import LoadedBaseline
+from qbench.scheme import Scheme
+from qbench.study.environment import environment, peak_memory
+from qbench.study.store import Store
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What holds for every cell of a run or sweep."""
+
+    tasks: tuple[TaskSpec, ...]
+    options: EvaluationOptions = field(default_factory=EvaluationOptions)
+    calibration: CalibrationSpec = field(default_factory=CalibrationSpec)
+    seed: int = 0
+    dtype: str = "float32"
+    device: str = "cpu"
+    retry_failed: bool = False
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A baseline at a resolved scheme."""
+
+    baseline: LoadedBaseline
+    scheme: Scheme
+
+    @classmethod
+    def of(cls, baseline: LoadedBaseline, scheme: Scheme) -> Cell:
+        """Resolve the scheme for the baseline."""
+        return cls(baseline, resolve_scheme(scheme, baseline.instance))
+
+    @property
+    def not_applicable(self) -> str | None:
+        """One sentence why this cell cannot be, or None."""
+        return why_not(self.baseline.instance, self.scheme)
+
+    def __str__(self) -> str:
+        return f"{self.baseline.spec.name} {self.scheme}"
+
+
+@dataclass
+class CellPlan:
+    """What is stored of a cell and what is to be done."""
+
+    cell: Cell
+    key: QuantizationKey
+    not_applicable: str | None = None
+    failed: str | None = None
+    """Error of a stored failure that will not be repeated."""
+    stored: list[TaskSpec] = field(default_factory=list)
+    pending: list[TaskSpec] = field(default_factory=list)
+    quantized: bool = False
+    """Whether a record of the quantization itself is stored."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is left to do."""
+        closed = self.not_applicable is not None or self.failed is not None
+        return closed or (self.quantized and not self.pending)
+
+
+class Workbench:
+    """Everything one process needs to run the cells of one checkpoint."""
+
+    def __init__(self, checkpoint: Checkpoint, settings: Settings, store: Store) -> None:
+        self.checkpoint, self.settings, self.store = checkpoint, settings, store
+        self._prepared: dict[tuple[TaskSpec, bool], PreparedTask] = {}
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The checkpoint's tokenizer."""
+        return self.checkpoint.load_tokenizer()
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The model in full precision, never changed."""
+        return self.checkpoint.load_model(self.settings.dtype, self.settings.device)
+
+    @cached_property
+    def context(self) -> int | None:
+        """The model's context in tokens, from its configuration alone."""
+        from transformers import AutoConfig
+
+        from qbench.evaluation.evaluate import context_length
+
+        return context_length(AutoConfig.from_pretrained(self.checkpoint.folder))
+
+    @cached_property
+    def calibration(self) -> tuple[Tensor, CalibrationSpec]:
+        """Token windows and their specification with the hash filled in."""
+        from qbench.evaluation.corpora import calibration_windows
+
+        asked = self.settings.calibration
+        if self.context and asked.seqlen > self.context:
+            asked = asked.model_copy(update={"seqlen": self.context})
+        windows, tokens = calibration_windows(self.tokenizer, asked, self.settings.options.data_dir)
+        return windows, asked.model_copy(update={"tokens": tokens})
+
+    def prepared(self, spec: TaskSpec, one_row_at_a_time: bool = False) -> PreparedTask:
+        """A task, loaded and tokenized once."""
+        from qbench.evaluation.evaluate import prepare_task
+
+        known = (spec, one_row_at_a_time)
+        if known not in self._prepared:
+            options = replace(self.settings.options, one_row_at_a_time=one_row_at_a_time)
+            self._prepared[known] = prepare_task(spec, self.tokenizer, self.context, options)
+        return self._prepared[known]
+
+    def key(self, cell: Cell) -> QuantizationKey:
+        """What names the quantized model."""
+        instance = cell.baseline.instance
+        reads_data = needs_calibration(instance, cell.scheme) and not cell.not_applicable
+        spec = cell.baseline.spec
+        if cell.scheme.is_identity:  # every method's W16A16 is the same model
+            spec = spec.model_copy(update={"parameters": {}})
+        return QuantizationKey(
+            weights=self.checkpoint.fingerprint,
+            baseline=spec,
+            scheme=str(cell.scheme),
+            calibration=self.calibration[1] if reads_data else None,
+            seed=self.settings.seed,
+        )
+
+    def task_key(self, key: QuantizationKey, spec: TaskSpec) -> TaskKey:
+        """What names one measurement."""
+        fields = self.prepared(spec).key_fields
+        return TaskKey(quantization=key.digest(), dtype=self.settings.dtype, **fields)
+
+    def plan(self, cell: Cell) -> CellPlan:
+        """Look up what is stored of a cell.
+
+        Raises:
+            QBenchError: for a task whose data are missing, before anything is run.
+        """
+        plan = CellPlan(cell, self.key(cell), not_applicable=cell.not_applicable)
+        if plan.not_applicable:
+            return plan
+        name = self.checkpoint.name
+        record = self.store.find_quantization(name, plan.key)
+        if record is not None and record.status == "failed":
+            plan.failed = None if self.settings.retry_failed else record.error
+        elif record is not None:
+            plan.quantized = True
+        for spec in self.settings.tasks:
+            found = self.store.find_task(name, plan.key, self.task_key(plan.key, spec))
+            again = found is not None and found.status == "failed" and self.settings.retry_failed
+            (plan.stored if found is not None and not again else plan.pending).append(spec)
+        return plan
+
+    def run(
+        self, cell: Cell, reporter: Reporter, save: Path | None = None
+    ) -> Iterator[TaskRecord | QuantizationRecord]:
+        """Do what is left of a cell, yielding each record once it is on disk.
+
+        Raises:
+            QBenchError: an impossible request. A run that breaks is a record with status
+                "failed", not an exception.
+        """
+        plan = self.plan(cell)
+        if plan.not_applicable:
+            record = self._record(plan, status="not_applicable", error=plan.not_applicable)
+            if self.store.find_quantization(self.checkpoint.name, plan.key) is None:
+                self.store.save_quantization(record)
+            yield record
+            return
+        if plan.is_done and save is None:
+            return
+        quantized = self._quantize(plan, reporter)
+        if isinstance(quantized, QuantizationRecord):
+            self.store.save_quantization(quantized)
+            yield quantized
+            return
+        model, record = quantized
+        if not plan.quantized:
+            self.store.save_quantization(record)
+        yield record
+        if save is not None:
+            self._save(model, record, save)
+        for spec in plan.pending:
+            yield self._measure(plan, spec, model, reporter)
+
+    def _quantize(
+        self, plan: CellPlan, reporter: Reporter
+    ) -> tuple[PreTrainedModel, QuantizationRecord] | QuantizationRecord:
+        cell, key, device = plan.cell, plan.key, self.settings.device
+        windows = self.calibration[0] if key.calibration else None
+        started = time.perf_counter()
+        model = self.model
+        with peak_memory(device) as peak, reporter.step(f"quantize {cell}") as progress:
+            try:
+                if not cell.scheme.is_identity:
+                    model = copy.deepcopy(model)
+                result = quantize_model(
+                    model,
+                    cell.baseline.instance,
+                    cell.scheme,
+                    windows,
+                    seed=self.settings.seed,
+                    progress=lambda done, total, _: progress(done, total),
+                )
+            except Exception as error:
+                if isinstance(error, QBenchError) and not isinstance(error, RunFailed):
+                    raise
+                return self._record(plan, status="failed", error=_describe(error))
+        return model, self._record(
+            plan,
+            result,
+            seconds=time.perf_counter() - started,
+            peak=peak["bytes"],
+        )
+
+    def _record(
+        self,
+        plan: CellPlan,
+        result: Quantization | None = None,
+        seconds: float | None = None,
+        peak: int | None = None,
+        **status: Any,
+    ) -> QuantizationRecord:
+        layers: list[LayerReport] = result.layers if result else []
+        notes = list(result.notes) if result else []
+        if plan.cell.scheme.depends_on_batch:
+            notes.append("activation scales per input tensor: evaluated one unpadded row at a time")
+        return QuantizationRecord(
+            key=plan.key,
+            checkpoint=self.checkpoint.name,
+            parameters=self.checkpoint.parameters or None,
+            effective_bits=result.effective_bits if result else None,
+            layers=layers,
+            skipped=result.skipped if result else {},
+            notes=notes,
+            wall_seconds=seconds,
+            peak_memory_bytes=peak,
+            environment=environment(self.settings.device),
+            created=_now(),
+            **status,
+        )
+
+    def _measure(
+        self, plan: CellPlan, spec: TaskSpec, model: PreTrainedModel, reporter: Reporter
+    ) -> TaskRecord:
+        """Run one task and store it; a failure is stored too."""
+        task = self.prepared(spec, plan.cell.scheme.depends_on_batch)
+        key = self.task_key(plan.key, spec)
+        started = time.perf_counter()
+        record, items = TaskRecord(key=key), None
+        with (
+            peak_memory(self.settings.device) as peak,
+            reporter.step(f"{spec} of {plan.cell}") as progress,
+        ):
+            try:
+                result = task.run(model, progress)
+            except Exception as error:
+                record.status, record.error = "failed", _describe(error)
+            else:
+                record.metrics, record.n_items = result.metrics, result.n_items
+                record.details, items = result.details, result.items
+        record.wall_seconds = time.perf_counter() - started
+        record.peak_memory_bytes = peak["bytes"]
+        record.environment, record.created = environment(self.settings.device), _now()
+        self.store.save_task(self.checkpoint.name, plan.key, record, items)
+        return record
+
+    def _save(self, model: PreTrainedModel, record: QuantizationRecord, folder: Path) -> None:
+        from qbench.models.saving import save_checkpoint
+
+        save_checkpoint(model, self.tokenizer, record, folder)
+
+
+def _describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"[:2000]
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

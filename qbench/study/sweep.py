@@ -1,0 +1,165 @@
+"""Sweep files: which checkpoints, baselines, schemes and tasks, and the cells they make.
+
+    checkpoints: [../models/opt-125m]
+    baselines: [none, absmax, {name: gptq, act_order: true, schemes: [W4A16, W2A16]}]
+    schemes: [W8A8, W4A16, "W2A16g64:grid=asym"]
+    calibration: {source: c4, nsamples: 128, seqlen: 2048, seed: 0}
+    tasks: [wikitext2, piqa, {name: hellaswag, num_fewshot: 4, limit: 1000}]
+    results: results/runs
+
+Every baseline meets every scheme, or its own list. The baseline ``none`` is the full-precision row:
+it runs once at W16A16 and at every scheme of 16-bit weights. A method at W16A16 would be that same
+model, so only ``none`` runs there.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from qbench.errors import QBenchError, unknown
+from qbench.evaluation.tasks import EvaluationOptions, TaskSpec
+from qbench.record import CalibrationSpec
+from qbench.registry import LoadedBaseline, load_baseline
+from qbench.scheme import WEIGHT_BITS, Scheme
+from qbench.study.runner import Cell, Settings
+
+T = TypeVar("T", bound=BaseModel)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class BaselineEntry(BaseModel):
+    """A baseline with its fields; any other key is a field of the method."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str
+    schemes: list[str] | None = None
+    """Only these, instead of the sweep's."""
+
+
+class TaskEntry(_Strict):
+    """A task with its options."""
+
+    name: str
+    num_fewshot: int = 0
+    limit: int | None = None
+    protocol: str | None = None
+
+
+class CalibrationEntry(_Strict):
+    """Which text methods see."""
+
+    source: str = "c4"
+    nsamples: int = Field(128, gt=0)
+    seqlen: int = Field(2048, gt=1)
+    seed: int = 0
+
+
+class Sweep(_Strict):
+    """A sweep file."""
+
+    checkpoints: list[str] = Field(min_length=1)
+    baselines: list[str | BaselineEntry] = Field(min_length=1)
+    schemes: list[str] = Field(min_length=1)
+    tasks: list[str | TaskEntry] = Field(min_length=1)
+    calibration: CalibrationEntry = CalibrationEntry()
+    num_fewshot: int = 0
+    """Of tasks that do not say."""
+    limit: int | None = None
+    """Of tasks that do not say."""
+    results: Path = Path("results/runs")
+    data: Path | None = None
+    max_length: int | None = None
+    encoding: str = "joint+bos"
+    device: str = "cpu"
+    dtype: str = "float32"
+    seed: int = 0
+
+    @classmethod
+    def read(cls, path: Path) -> Sweep:
+        """Read a sweep file; relative checkpoint and data paths are relative to where you are.
+
+        Raises:
+            QBenchError: naming the file, the field, what is wrong and the nearest field.
+        """
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise QBenchError(f"cannot read {path}: {error.strerror}") from error
+        except yaml.YAMLError as error:
+            raise QBenchError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(data, dict):
+            raise QBenchError(f"{path} holds no mapping; see README, 'Sweep'")
+        for key in data:
+            if key not in cls.model_fields:
+                raise unknown(f"field in {path}", str(key), cls.model_fields)
+        try:
+            return cls(**data)
+        except ValidationError as error:
+            raise QBenchError(f"{path}: {_first(error)}") from None
+
+    def task_specs(self) -> tuple[TaskSpec, ...]:
+        """The tasks, with the sweep's own limit and shots where a task does not say."""
+        specs = []
+        for entry in self.tasks:
+            if isinstance(entry, TaskEntry):
+                specs.append(TaskSpec(**entry.model_dump()))
+                continue
+            specs.append(task_spec(entry, self.num_fewshot, self.limit))
+        return tuple(specs)
+
+    def cells(self) -> list[Cell]:
+        """Every baseline at every scheme it is asked for, without repeats."""
+        cells: dict[str, Cell] = {}
+        for entry in self.baselines:
+            given = entry if isinstance(entry, BaselineEntry) else BaselineEntry(name=entry)
+            baseline = load_baseline(given.name, given.model_extra or {})
+            schemes = [Scheme.parse(text) for text in given.schemes or self.schemes]
+            schemes = [scheme for scheme in schemes if not scheme.is_identity]
+            if keeps_weights(baseline):
+                schemes = [Scheme(), *(s for s in schemes if not s.quantizes_weights)]
+            for scheme in schemes:
+                cell = Cell.of(baseline, scheme)
+                cells.setdefault(f"{baseline.spec.digest()} {cell.scheme}", cell)
+        return list(cells.values())
+
+    def settings(self, retry_failed: bool = False) -> Settings:
+        """What every cell shares."""
+        options = EvaluationOptions(
+            data_dir=self.data, max_length=self.max_length, encoding=self.encoding
+        )
+        return Settings(
+            tasks=self.task_specs(),
+            options=options,
+            calibration=CalibrationSpec(**self.calibration.model_dump()),
+            seed=self.seed,
+            dtype=self.dtype,
+            device=self.device,
+            retry_failed=retry_failed,
+        )
+
+
+def keeps_weights(baseline: LoadedBaseline) -> bool:
+    """Whether a baseline declines every width below 16: then it is the full-precision row."""
+    widths = (bits for bits in WEIGHT_BITS if bits < 16)
+    return all(baseline.instance.supports(Scheme(wbits=bits)) for bits in widths)
+
+
+def task_spec(text: str, num_fewshot: int = 0, limit: int | None = None) -> TaskSpec:
+    """A task's text form with the run's own limit and number of shots."""
+    spec = TaskSpec.parse(text)
+    shots = 0 if spec.is_perplexity else num_fewshot
+    return TaskSpec(spec.name, num_fewshot=shots, limit=limit, protocol=spec.protocol)
+
+
+def _first(error: ValidationError) -> str:
+    details: Any = error.errors()[0]
+    where = ".".join(str(part) for part in details["loc"])
+    return f"{where}: {details['msg']} (got {details.get('input')!r:.80})"
