@@ -1,0 +1,68 @@
+"""Published tables: the numbers as printed, and their averages recomputed."""
+
+from __future__ import annotations
+
+import pytest
+
+from qbench.errors import QBenchError
+from qbench.study import reference
+
+
+def test_both_papers_are_there() -> None:
+    assert {"bitnet-table3", "b158-table2"} <= set(reference.names())
+
+
+def test_an_unknown_table_names_the_known_ones() -> None:
+    with pytest.raises(QBenchError, match="bitnet-table3"):
+        reference.load("bitnet-table2")
+
+
+@pytest.mark.parametrize(
+    ("name", "n_rows", "n_tasks"), [("bitnet-table3", 12, 4), ("b158-table2", 7, 7)]
+)
+def test_printed_averages_are_the_plain_means_of_their_tasks(
+    name: str, n_rows: int, n_tasks: int
+) -> None:
+    table = reference.load(name)
+    scores = table[table["unit"] == "percent"]
+    assert table["row"].nunique() == n_rows
+    for _, row in scores.groupby("row"):
+        printed = row.loc[row["task"] == "average", "value"].item()
+        tasks = row.loc[row["task"] != "average", "value"]
+        assert len(tasks) == n_tasks
+        # printed with one decimal, of tasks rounded to one decimal themselves
+        assert abs(printed - tasks.mean()) <= 0.05 + 0.05 + 1e-9
+
+
+def test_some_cells_are_as_the_papers_print_them() -> None:
+    bitnet = reference.load("bitnet-table3").set_index(["method", "label", "task"])["value"]
+    assert bitnet["Absmax", "W1A8", "validation"] == 3.5e23
+    assert bitnet["GPTQ", "W2A16", "validation"] == 1032
+    assert bitnet["BitNet", "W1A8", "wsc285"] == 66.3
+    b158 = reference.load("b158-table2").set_index(["model", "task"])["value"]
+    assert b158["BitNet b1.58 3B", "b158"] == 9.91
+    assert b158["LLaMA LLM 3B", "winogrande"] == 58.2
+
+
+def test_bitnet_pairs_of_weight_and_activation_bits_agree_with_their_label() -> None:
+    for name in reference.names():
+        table = reference.load(name)
+        for _, row in table[table["label"] != ""].iterrows():
+            assert row["label"] == f"W{float(row['wbits']):g}A{int(row['abits'])}"
+
+
+def test_every_number_says_where_it_comes_from() -> None:
+    for name in reference.names():
+        table = reference.load(name)
+        for column in ("paper", "arxiv", "table", "metric", "unit", "protocol"):
+            assert (table[column].astype(str) != "").all()
+        assert not table["value"].isna().any()
+
+
+def test_published_accuracies_stand_under_the_measured_task_of_the_same_name() -> None:
+    entries = reference.entries("bitnet-table3", [("wsc273", ""), ("piqa", "")])
+    bitnet = entries[-1]
+    assert bitnet.method == "BitNet" and bitnet.source == "published" and not bitnet.ptq
+    assert bitnet.cells["wsc273", ""].value == pytest.approx(0.663)
+    assert ("piqa", "") not in bitnet.cells
+    assert bitnet.cells["validation", "bitnet-validation"].value == 17.07
