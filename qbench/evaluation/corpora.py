@@ -180,13 +180,9 @@ def _texts(rows: Sequence[Any], source: str) -> list[str]:
             + ", ".join(_COLUMNS)
         )
     # a datasets.Dataset gives a whole column at once, far faster than row by row
-    return (
-        [str(t) for t in rows[column]]
-        if hasattr(rows, "column_names")
-        else [  # type: ignore[call-overload]
-            str(row[column]) for row in rows
-        ]
-    )
+    table: Any = rows
+    texts = table[column] if hasattr(rows, "column_names") else (row[column] for row in rows)
+    return [str(text) for text in texts]
 
 
 def calibration_windows(
@@ -245,7 +241,7 @@ def draw_windows(
                 raise too_short(corpus, None, seqlen)
         return encoded[index]
 
-    windows = []
+    windows: list[list[int]] = []
     while len(windows) < nsamples:
         chosen = document(generator.randint(0, len(corpus.documents) - 1))
         if chosen is not None:

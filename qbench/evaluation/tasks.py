@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from qbench.errors import QBenchError
 from qbench.evaluation.corpora import CORPORA, is_text_path, known_corpora
+from qbench.evaluation.definitions import pinned_tasks, read_definition
 from qbench.record import Metric
 
 if TYPE_CHECKING:
@@ -167,15 +165,6 @@ class PreparedTask(ABC):
         """Measure a model."""
 
 
-def pinned_tasks() -> dict[str, Path]:
-    """Name -> YAML file of every task definition that comes with qbench."""
-    folder = Path(str(resources.files("qbench_tasks")))
-    found = {}
-    for path in sorted(folder.glob("*/*.yaml")):
-        found[str(read_definition(path)["task"])] = path
-    return found
-
-
 def known_tasks() -> dict[str, str]:
     """Task name -> one line, perplexities first."""
     tasks = {B158: "mean perplexity of C4 and WikiText-2, packed as the BitNet b1.58 authors do"}
@@ -183,25 +172,3 @@ def known_tasks() -> dict[str, str]:
     for name, path in pinned_tasks().items():
         tasks[name] = read_definition(path)["metadata"]["summary"]
     return tasks
-
-
-class _Loader(yaml.SafeLoader):
-    """Reads ``!function module.name`` as that text, importing nothing."""
-
-
-_Loader.add_constructor("!function", lambda loader, node: f"!function {node.value}")
-
-
-def read_definition(path: Path) -> Mapping[str, Any]:
-    """A task's YAML with its includes merged in, functions left as their names."""
-    try:
-        own = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506
-    except (OSError, yaml.YAMLError) as error:
-        raise QBenchError(f"cannot read the task definition {path}: {error}") from None
-    if not isinstance(own, dict):
-        raise QBenchError(f"{path} is not a task definition: it holds no mapping")
-    includes = own.pop("include", [])
-    merged: dict[str, Any] = {}
-    for include in includes if isinstance(includes, list) else [includes]:
-        merged |= read_definition(path.parent / include)
-    return merged | own

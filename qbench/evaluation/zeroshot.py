@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,8 @@ from lm_eval.tasks import TaskManager
 
 from qbench.errors import QBenchError, unknown
 from qbench.evaluation import estimates
-from qbench.evaluation.data import HubSource, Original, Rows, hash_json, load_rows
+from qbench.evaluation.data import Rows, hash_json
+from qbench.evaluation.definitions import load_splits, pinned_tasks, read_definition, task_splits
 from qbench.evaluation.encoding import Encoder, pair_rows
 from qbench.evaluation.lm import QBenchLM, quiet, text_rows
 from qbench.evaluation.scoring import Row
@@ -36,8 +37,6 @@ from qbench.evaluation.tasks import (
     TaskResult,
     TaskSpec,
     known_tasks,
-    pinned_tasks,
-    read_definition,
 )
 from qbench.record import Metric
 
@@ -248,12 +247,13 @@ def prepare_zeroshot(
     """Find the definition and the data, build the questions and tokenize them."""
     manager, name, path = _find(spec.name)
     definition = read_definition(path)
-    for key in ("output_type", "task"):
+    for key in ("task", "dataset_path"):
         if key not in definition:
-            raise QBenchError(f"{path} has no {key}; qbench runs single lm-eval tasks only")
-    splits = _splits(definition, spec.num_fewshot)
-    data = {split: _rows(definition, split, options.data_dir) for split in splits if split}
-    task = _build(manager, name, spec.num_fewshot, splits, data)
+            raise QBenchError(
+                f"{path.name} has no {key}; qbench runs single lm-eval tasks whose data are rows"
+            )
+    data = load_splits(definition, spec.num_fewshot, options.data_dir)
+    task = _build(manager, name, definition, spec.num_fewshot, data)
     task.set_fewshot_seed(options.seed)
     max_length = options.max_length or context_length or DEFAULT_LENGTH
     key_fields = {
@@ -298,54 +298,18 @@ def _find(name: str) -> tuple[TaskManager, str, Path]:
     return manager, name, entry.yaml_path
 
 
-def _splits(definition: Mapping[str, Any], num_fewshot: int) -> tuple[str, str | None]:
-    """The split to measure on, and the one few-shot examples come from (None without them)."""
-    test, validation = definition.get("test_split"), definition.get("validation_split")
-    evaluated = test or validation
-    if evaluated is None:
-        raise QBenchError(f"{definition['task']} names neither a test nor a validation split")
-    config = definition.get("fewshot_config") or {}
-    if not num_fewshot or "samples" in config:
-        return evaluated, None
-    named = config.get("split") or definition.get("fewshot_split")
-    return evaluated, named or definition.get("training_split") or validation or evaluated
-
-
-def _rows(definition: Mapping[str, Any], split: str, data_dir: Path | None) -> Rows:
-    metadata = definition.get("metadata") or {}
-    original = metadata.get("original") or {}
-    hub = HubSource(
-        definition["dataset_path"],
-        definition.get("dataset_name"),
-        definition.get("dataset_kwargs") or {},
-    )
-    rows = load_rows(
-        metadata.get("data", definition["task"]),
-        split,
-        data_dir,
-        hub,
-        Original(original[split], original["reader"]) if split in original else None,
-    )
-    most = metadata.get("rows")
-    return rows if most is None else Rows(_first(rows.rows, most), rows.source)
-
-
-def _first(rows: Sequence[Any], n: int) -> Sequence[Any]:
-    return rows.select(range(min(n, len(rows)))) if hasattr(rows, "select") else rows[:n]
-
-
 def _build(
     manager: TaskManager,
     name: str,
+    definition: Mapping[str, Any],
     num_fewshot: int,
-    splits: tuple[str, str | None],
     data: dict[str, Rows],
 ) -> ConfigurableTask:
     """lm-eval's task on rows that are already here.
 
     Only the splits in use are named: lm-eval turns the whole training split into a list even where
-    no example is drawn from it. The evaluated split goes by ``test_split``, because lm-eval leaves
-    the question itself out of its examples only if they come from that one.
+    no example is drawn from it. Where examples come from the evaluated split both are named alike,
+    because only then lm-eval leaves the question itself out of them.
     """
     from datasets import Dataset
 
@@ -353,19 +317,20 @@ def _build(
         split: found.rows if isinstance(found.rows, Dataset) else Dataset.from_list(found.rows)
         for split, found in data.items()
     }
-    evaluated, examples = splits
+    splits = evaluated, examples = task_splits(definition, num_fewshot)
     overrides: dict[str, Any] = {
         "task": name,
         "custom_dataset": lambda **_: tables,
         "dataset_kwargs": None,
-        "training_split": None,
-        "validation_split": None,
-        "test_split": evaluated,
-        "fewshot_split": examples,
         "num_fewshot": num_fewshot,
     }
+    for key in ("training_split", "validation_split", "test_split", "fewshot_split"):
+        if definition.get(key) not in splits:
+            overrides[key] = None
+    if examples == evaluated:
+        overrides |= {"test_split": evaluated, "fewshot_split": evaluated}
     if not num_fewshot:
-        overrides["fewshot_config"] = {"samples": []}
+        overrides |= {"fewshot_split": None, "fewshot_config": {"samples": []}}
     with quiet():
         # a group of one: the way in which lm-eval merges changes into a task it knows
         loaded = manager.load({"group": "qbench", "task": [overrides]})  # type: ignore[arg-type]
