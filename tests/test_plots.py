@@ -83,6 +83,18 @@ def test_every_ptq_point_is_drawn_once_and_fills_tell_activation_widths(bitnet: 
     assert {line.get_markerfacecolor() for line in hollow} == {"white"}
 
 
+def test_methods_stand_apart_but_nearer_to_their_width_than_to_the_next(store: Store) -> None:
+    for name in "abcdefgh":
+        for bits in (5, 4):
+            add(store, quantization(baseline=name, scheme=f"W{bits}A16"), {"piqa": 0.6})
+    add(store, quantization(baseline="alone", scheme="W2A16"), {"piqa": 0.5})
+    (axes,) = draw(stored_entries(store)).axes
+    across = sorted(x for points in markers(axes).values() for x, _ in points)
+    assert across[0] == 2 and len(set(across)) == 17
+    assert all(abs(math.log2(x / 4)) < abs(math.log2(x / 5)) for x in across[1:9])
+    assert all(abs(math.log2(x / 5)) < abs(math.log2(x / 4)) for x in across[9:])
+
+
 def test_methods_differ_in_shape_and_in_colour(bitnet: Store) -> None:
     figure = draw(stored_entries(bitnet))
     handles = figure.legends[0].legend_handles[:4]

@@ -82,11 +82,11 @@ def plot(
         x: ``wbits`` or ``effective_bits``.
         metric: ``acc``, ``acc_norm`` or ``acc_token``.
         width_in: width of the figure in inches; None fits the number of panels.
-        checkpoints: keep these only; this and the next three take shell-style patterns.
-        baselines: keep these methods only.
-        schemes: keep these only, by label or full text.
-        tasks: average (or draw) these only.
-        num_fewshot: keep measurements with this many examples only.
+        checkpoints: filters, this and the next four, as in :func:`qbench.study.tables.table`.
+        baselines: methods.
+        schemes: by label or full text.
+        tasks: what is averaged, or drawn.
+        num_fewshot: examples in the prompt.
 
     Raises:
         QBenchError: for an unknown name, an empty store or nothing to draw.
@@ -94,8 +94,7 @@ def plot(
     """
     from matplotlib import style
 
-    output = Path(output)
-    suffix = output.suffix.lower()
+    output, suffix = Path(output), Path(output).suffix.lower()
     if suffix not in SUFFIXES:
         raise QBenchError(
             f"cannot draw {output.name!r}: the name must end in {', '.join(SUFFIXES[:-1])} "
@@ -116,9 +115,8 @@ def plot(
         with style.context(["default", _SETTINGS]):
             figure.savefig(output, format=suffix[1:], dpi=220, metadata=_NO_DATE[suffix])
     except OSError as error:
-        raise RunFailed(
-            f"cannot write {output} ({error.strerror or error}); name another file"
-        ) from error
+        reason = error.strerror or error
+        raise RunFailed(f"cannot write {output} ({reason}); name another file") from error
     return output
 
 
@@ -214,7 +212,7 @@ def _name_stars(axes: Axes, panel: Panel, places: dict[int, float], scale: int) 
         axes.annotate(
             point.name,
             (places[id(point)], scale * point.y),
-            (-8, 9 * (index - (len(stars) - 1) / 2)),
+            (-8, 9 * index),
             textcoords="offset points",
             ha="right",
             va="center",
@@ -279,14 +277,17 @@ def _align_x(grid: Sequence[Axes], panels: Sequence[Panel], x: str) -> None:
 
 def _places(points: Sequence[Point], styles: dict[str, dict[str, Any]], x: str) -> dict[int, float]:
     """Where each point stands on the axis: methods a little apart where widths are nominal."""
-    names = list(styles)
-    middle = (len(names) - 1) / 2
-    step = min(0.07, 0.24 / max(len(names), 1))  # octaves; 5 and 4 bits are 0.32 apart
-    shift = {name: step * (middle - index) for index, name in enumerate(names)}
-    apart = x == "wbits"
-    return {
-        id(p): p.x * 2 ** (shift[p.series] if apart and p.role == "ptq" else 0.0) for p in points
-    }
+    places = {id(point): point.x for point in points}
+    if x != "wbits":
+        return places
+    for width in {point.x for point in points}:
+        group = [point for point in points if point.x == width and point.role == "ptq"]
+        names = [name for name in styles if any(point.series == name for point in group)]
+        step = min(0.07, 0.24 / max(len(names), 1))  # octaves; 5 and 4 bits are 0.32 apart
+        for point in group:
+            shift = step * ((len(names) - 1) / 2 - names.index(point.series))
+            places[id(point)] = width * 2**shift
+    return places
 
 
 def _styles(panels: Sequence[Panel]) -> dict[str, dict[str, Any]]:
