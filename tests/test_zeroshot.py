@@ -1,17 +1,14 @@
 """Zero-shot tasks: prompts against lm-eval's own files, scores against HFLM, traps one by one.
 
-With QBENCH_DATA set to a folder that has ``tasks/`` and ``models/stories260K`` the comparison runs
-on the real sets too.
+What running a prepared task does besides is in test_evaluate, with the same on real sets.
 """
 
 import json
-import os
 from pathlib import Path
 
 import lm_eval
 import numpy as np
 import pytest
-import torch
 from datasets import Dataset
 from lm_eval.api.instance import Instance
 from lm_eval.evaluator import evaluate as lm_evaluate
@@ -21,9 +18,8 @@ from lm_eval.tasks import TaskManager
 from qbench.errors import QBenchError
 from qbench.evaluation.definitions import pinned_tasks, read_definition
 from qbench.evaluation.encoding import Encoder, own_bos, pair_rows, rolling_rows
-from qbench.evaluation.evaluate import evaluate, prepare_task
+from qbench.evaluation.evaluate import prepare_task
 from qbench.evaluation.lm import QBenchLM
-from qbench.evaluation.scoring import score_rows
 from qbench.evaluation.tasks import EvaluationOptions, TaskSpec
 from qbench.testing import tiny_model, tiny_tokenizer
 
@@ -368,144 +364,3 @@ def test_hellaswag_marks_are_undone(tokenizer):
         "  Bring the lower edge up. Press along the fold.",
     )
     assert asked[0][0].endswith("She kneads dough. She")
-
-
-def test_a_model_of_nan_has_no_accuracy(tokenizer):
-    broken = tiny_model()
-    broken.lm_head.weight.data.fill_(float("nan"))
-    metrics = prepare("piqa", tokenizer).run(broken).metrics
-    assert {m.non_finite for m in metrics.values()} == {"nan"} and "acc" in metrics
-
-
-def test_one_row_at_a_time_gives_every_row_its_own_forward(model, tokenizer, monkeypatch):
-    shapes = []
-    inner = model.forward
-
-    def forward(*args, **kwargs):
-        shapes.append(tuple(kwargs["input_ids"].shape))
-        return inner(*args, **kwargs)
-
-    monkeypatch.setattr(model, "forward", forward)
-    prepared = prepare("arc_easy", tokenizer, one_row_at_a_time=True)
-    result = prepared.run(model)
-    assert [height for height, _ in shapes] == [1] * len(prepared.rows)
-    assert result.details["batching"] == "one row"
-
-
-def test_a_quantized_head_is_not_tied_back_to_the_embedding(tokenizer):
-    """HFLM calls tie_weights(), which would replace a head that was given weights of its own."""
-    model = tiny_model(tie_word_embeddings=True)
-    model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))
-    result = prepare("piqa", tokenizer).run(model)
-    per_token = result.items["loglikelihood"] / result.items["n_tokens"]
-    np.testing.assert_allclose(per_token, -np.log(512), rtol=1e-5)
-    assert model.tie_weights.__func__ is type(model).tie_weights
-
-
-def test_the_users_tokenizer_is_left_alone(model):
-    tokenizer = tiny_tokenizer()
-    tokenizer.pad_token = None
-    prepare("piqa", tokenizer).run(model)
-    assert tokenizer.pad_token is None
-
-
-def test_a_task_from_a_file_of_ones_own_runs_with_functions_beside_it(model, tokenizer, tmp_path):
-    folder = tmp_path / "tasks" / "colours"
-    folder.mkdir(parents=True)
-    rows = [
-        {"q": "The sky is", "a": ["blue", "loud"], "y": 0},
-        {"q": "Grass is", "a": ["wet", "up"], "y": 0},
-    ]
-    (folder / "dev.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "helper.py").write_text("def ask(doc):\n    return doc['q']\n")
-    (tmp_path / "colours.yaml").write_text(
-        "task: colours\ndataset_path: nobody/colours\noutput_type: multiple_choice\n"
-        "validation_split: dev\ndoc_to_text: !function helper.ask\ndoc_to_target: y\n"
-        "doc_to_choice: '{{a}}'\n"
-        "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
-    )
-    task = str(tmp_path / "colours.yaml")
-    prepared = prepare(task, tokenizer, data_dir=tmp_path)
-    assert arguments(prepared.questions)[0] == ("The sky is", " blue")
-    assert prepared.key_fields["task"] == "colours"
-    assert {"acc", "acc_norm", "acc_token"} == set(prepared.run(model).metrics)
-    (tmp_path / "helper.py").write_text("def ask(doc):\n    return doc['q'] + ' '\n")
-    changed = prepare(task, tokenizer, data_dir=tmp_path).key_fields
-    assert changed["definition"] != prepared.key_fields["definition"]
-    assert changed["data"] == prepared.key_fields["data"]
-
-
-def test_a_task_that_generates_runs_through_its_filters(model, tokenizer, tmp_path):
-    folder = tmp_path / "tasks" / "echo"
-    folder.mkdir(parents=True)
-    (folder / "test.jsonl").write_text('{"q": "The old man", "y": "never said"}\n')
-    (tmp_path / "echo.yaml").write_text(
-        "task: echo\ndataset_path: nobody/echo\noutput_type: generate_until\ntest_split: test\n"
-        "doc_to_text: '{{q}}'\ndoc_to_target: '{{y}}'\n"
-        "generation_kwargs: {until: ['.'], max_gen_toks: 4}\n"
-        "metric_list: [{metric: bypass, aggregation: bypass, higher_is_better: true}]\n"
-    )
-    prepared = prepare(str(tmp_path / "echo.yaml"), tokenizer, data_dir=tmp_path)
-    with pytest.raises(QBenchError):
-        prepare(str(tmp_path / "nowhere.yaml"), tokenizer, data_dir=tmp_path)
-    assert prepared.rows == [] and prepared.questions[0].requests[0].args[0] == "The old man"
-
-
-def test_the_same_preparation_runs_on_many_models(tokenizer):
-    prepared = prepare("boolq", tokenizer)
-    first, other, again = (prepared.run(tiny_model(seed=s)).items for s in (0, 1, 0))
-    np.testing.assert_array_equal(first["loglikelihood"], again["loglikelihood"])
-    assert not np.allclose(first["loglikelihood"], other["loglikelihood"])
-    assert first["doc_hash"].tolist() == other["doc_hash"].tolist()
-
-
-REAL = os.environ.get("QBENCH_DATA")
-real = pytest.mark.skipif(
-    not REAL, reason="set QBENCH_DATA to a folder with tasks/ and models/stories260K"
-)
-
-
-@real
-@pytest.mark.parametrize(
-    "task",
-    "wsc273_lmeval winogrande hellaswag arc_easy arc_challenge boolq openbookqa piqa".split(),
-)
-def test_scores_on_real_sets_equal_lm_evals_own(task):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    path = Path(REAL) / "models/stories260K"
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    spec = TaskSpec(task, limit=50)
-    prepared = prepare(spec, tokenizer, max_length=2048, data_dir=Path(REAL))
-    requests = [r for q in prepared.questions for r in q.requests]
-    assert prepared.counts == {"truncated": 0, "windowed": 0, "spanning": 0}
-    expected = reference(model, tokenizer, max_length=2048).loglikelihood(
-        requests, disable_tqdm=True
-    )
-    items = prepared.run(model).items
-    np.testing.assert_allclose(items["loglikelihood"], [e[0] for e in expected], atol=1e-4)
-    assert items["is_greedy"].tolist() == [e[1] for e in expected]
-
-
-@real
-@pytest.mark.parametrize(
-    ("name", "limit", "perplexity", "tokens", "bits"),
-    [("stories260K", 56, 3.7870, 20236, 0.935), ("babyllama-105", 79, 1.9226, 20145, None)],
-)
-def test_the_perplexity_of_real_checkpoints_is_the_known_one(name, limit, perplexity, tokens, bits):
-    """Known answers: an independent computation in float32, each story alone from <s>."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    path = Path(REAL) / "models" / name
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    result = evaluate(model, tokenizer, "tinystories", limit=limit, data_dir=REAL)["tinystories"]
-    assert result.metrics["perplexity"].as_float() == pytest.approx(perplexity, abs=5e-5)
-    assert result.details["n_tokens"] == tokens
-    if bits is not None:
-        assert result.metrics["bits_per_byte"].as_float() == pytest.approx(bits, abs=5e-4)
-
-
-def test_scoring_nothing_is_nothing(model):
-    assert score_rows(model, []) == []
