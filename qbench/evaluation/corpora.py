@@ -154,7 +154,7 @@ def load_corpus(
         path = Path(name).expanduser()
         if not path.is_file():
             raise QBenchError(f"the text file {name} does not exist; give a path to one that does")
-        return Corpus(path.name, _FILE, None, _texts(read_file(path), str(path)), str(path))
+        return Corpus(path.name, _FILE, None, _texts(read_file(path), name), f"file {path.name}")
     definition = CORPORA.get(name)
     if definition is None:
         folders = (

@@ -121,7 +121,7 @@ def _local_file(
     ]
     for path in candidates:
         if path.is_file():
-            return Rows(read_file(path), str(path))
+            return Rows(read_file(path), _inside(path, data_dir))
     places += [str(path) for path in candidates]
     if original is None:
         return None
@@ -129,7 +129,7 @@ def _local_file(
     for path in sorted(folder.glob(original.pattern)):
         reader = getattr(importlib.import_module("qbench_tasks.originals"), original.reader)
         try:
-            return Rows(reader(path), str(path))
+            return Rows(reader(path), _inside(path, data_dir))
         except (KeyError, ValueError) as error:
             raise QBenchError(
                 f"{path} does not read as the authors' file of {name} ({error!r}); "
@@ -137,6 +137,11 @@ def _local_file(
             ) from None
     places.append(str(folder / original.pattern))
     return None
+
+
+def _inside(path: Path, data_dir: Path) -> str:
+    """A file as records name it: by its place in the data folder, not on the machine."""
+    return f"data folder: {path.relative_to(data_dir).as_posix()}"
 
 
 def _from_hub(name: str, split: str, hub: HubSource, places: list[str]) -> Rows:
