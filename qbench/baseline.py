@@ -9,14 +9,15 @@ called, and ``qbench check`` for whether a method keeps the contract.
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from qbench.errors import QBenchError, unknown
-from qbench.grid import QuantizedWeight, default_activation_grid, get_grid, round_to_nearest
-from qbench.scheme import Scheme, format_bits
+from qbench.grid import QuantizedWeight, default_activation_grid, get_grid
+from qbench.scheme import Scheme
 
 if TYPE_CHECKING:
     import torch
@@ -114,12 +115,6 @@ class Baseline(ABC):
         """Every hyperparameter by name, as stored in records."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
-    @property
-    def needs_calibration(self) -> bool:
-        """Whether any hook reads data."""
-        rewrites = type(self).transform is not Baseline.transform
-        return bool(self.transform_statistics or self.weight_statistics) or rewrites
-
 
 def resolve_scheme(scheme: Scheme, baseline: Baseline) -> Scheme:
     """Fill in every ``auto`` and check that grids offer the widths asked for.
@@ -187,22 +182,11 @@ def _convert(cls: type[Baseline], name: str, value: Any, default: Any) -> Any:
             return text in ("true", "1", "yes")
         if kind is int and float(value) != int(float(value)):
             raise ValueError
+        if kind is float and not math.isfinite(float(value)):
+            raise ValueError
         return kind(value) if kind in (int, float, str) else value
     except (TypeError, ValueError):
         raise QBenchError(
             f"{cls.__name__}.{name} takes a {kind.__name__}, got {value!r}; "
             f"for example {name}={default!r}"
         ) from None
-
-
-__all__ = [
-    "Baseline",
-    "QuantizedWeight",
-    "Scheme",
-    "TransformContext",
-    "format_bits",
-    "resolve_scheme",
-    "round_to_nearest",
-    "why_not",
-    "with_fields",
-]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -73,6 +74,21 @@ class Checkpoint:
                 with path.open("rb") as file:
                     digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()
+
+    @property
+    def parameters(self) -> int:
+        """Number of stored weights, from the headers of the safetensors files."""
+        return sum(math.prod(shape) for shape in self.shapes().values())
+
+    def shapes(self) -> dict[str, list[int]]:
+        """Shape of every stored tensor; empty for pickles, whose headers cannot be read alone."""
+        found: dict[str, list[int]] = {}
+        for path in [] if self.pickled else self.weight_files:
+            with path.open("rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(size)) if size < 10**8 else {}
+            found |= {k: v["shape"] for k, v in header.items() if k != "__metadata__"}
+        return found
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The checkpoint's own tokenizer.
@@ -177,16 +193,6 @@ def load_checkpoint(
     """
     checkpoint = find_checkpoint(name)
     return checkpoint.load_model(dtype, device), checkpoint.load_tokenizer()
-
-
-def context_length(model_config: Any, tokenizer: Any = None) -> int:
-    """How many tokens the model was made for; 2048 where neither it nor the tokenizer says."""
-    for field in ("max_position_embeddings", "seq_length", "max_seq_len"):
-        value = getattr(model_config, field, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    limit = getattr(tokenizer, "model_max_length", None)
-    return limit if isinstance(limit, int) and limit < 10**7 else 2048
 
 
 def _check_architecture(checkpoint: Checkpoint) -> None:

@@ -47,8 +47,6 @@ class Quantization:
     skipped: dict[str, str] = field(default_factory=dict)
     """Matrices inside decoder blocks that stayed in full precision: name -> why."""
     notes: list[str] = field(default_factory=list)
-    saveable: bool = True
-    """Whether the weights alone reproduce the model (no online input transform)."""
 
     @property
     def effective_bits(self) -> float:
@@ -210,6 +208,7 @@ class _Loop:
         report = dict(quantized.report or {})
         damping = report.pop("damping", None)
         rotated = quantized.input_transform is not None
+        report |= {"input_transform": True} if rotated else {}
         delta = None if rotated else weight - quantized.weight.float()
         self.result.layers.append(
             LayerReport(
@@ -227,9 +226,7 @@ class _Loop:
         )
         linear.set_weight_(quantized.weight)
         if quantized.input_transform is not None:
-            transform = quantized.input_transform
-            attach([linear], lambda _, x: transform(x))
-            self.result.saveable = False
+            attach([linear], _InputTransform(quantized.input_transform))
 
     def round_weight(
         self, name: str, weight: Tensor, scheme: Scheme, stats: Statistics
@@ -244,6 +241,16 @@ class _Loop:
         if isinstance(quantized, Tensor):
             quantized = QuantizedWeight(quantized)
         return quantized, None
+
+
+@dataclass
+class _InputTransform:
+    """Hook that hands a linear's input to the method's own transform first."""
+
+    transform: Callable[[Tensor], Tensor]
+
+    def __call__(self, linear: Linear, x: Tensor) -> Tensor:
+        return self.transform(x)
 
 
 def collect(

@@ -1,14 +1,14 @@
-"""What ``qbench run``, ``sweep``, ``check`` and ``doctor`` do, as functions that return exit codes."""
+"""What ``qbench run``, ``sweep``, ``check`` and ``doctor`` do; each returns the exit code."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from qbench.errors import QBenchError
-from qbench.models.checkpoints import Checkpoint, find_checkpoint
+from qbench.errors import QBenchError, RunFailed
+from qbench.models.checkpoints import find_checkpoint
 from qbench.progress import Reporter
 from qbench.record import QuantizationRecord, TaskRecord
 from qbench.registry import load_baseline
@@ -32,11 +32,14 @@ class Run:
 
 def run(chosen: Run, settings: Settings, results: Path) -> int:
     """Quantize and measure one cell; print what came out."""
+    _hide_library_bars()
     cell = Cell.of(
         load_baseline(chosen.baseline, parse_fields(chosen.fields)), Scheme.parse(chosen.scheme)
     )
     if cell.not_applicable:
-        raise QBenchError(f"{cell.baseline.spec.name} cannot do {cell.scheme}: {cell.not_applicable}")
+        raise QBenchError(
+            f"{cell.baseline.spec.name} cannot do {cell.scheme}: {cell.not_applicable}"
+        )
     if chosen.save is not None:
         from qbench.models.saving import check_target
 
@@ -52,7 +55,7 @@ def run(chosen: Run, settings: Settings, results: Path) -> int:
         record = store.find_task(checkpoint.name, plan.key, bench.task_key(plan.key, spec))
         print(f"{describe(record)}  (stored)" if record else "")
     if plan.failed:
-        raise_stored(plan.failed)
+        raise RunFailed(f"this failed before: {plan.failed}; repeat it with --retry-failed")
     failures = 0
     for record in bench.run(cell, reporter, save=chosen.save):
         failures += record.status == "failed"
@@ -62,13 +65,6 @@ def run(chosen: Run, settings: Settings, results: Path) -> int:
         if cell.scheme.quantizes_activations:
             reporter.line("note: a checkpoint holds weights; activation quantizers are not in it")
     return 1 if failures else 0
-
-
-def raise_stored(error: str) -> None:
-    """Report a failure that is stored and not to be repeated."""
-    from qbench.errors import RunFailed
-
-    raise RunFailed(f"this failed before: {error}; repeat it with --retry-failed")
 
 
 def sweep(
@@ -94,7 +90,8 @@ def run_sweep(
     retry_failed: bool = False,
     allow_pickle: bool = False,
 ) -> int:
-    """Plan every cell first, so that a mistake shows before anything runs; then run what is left."""
+    """Plan every cell first, so that a mistake shows at once; then run what is left."""
+    _hide_library_bars()
     settings, cells = asked.settings(retry_failed), asked.cells()
     store = Store(asked.results)
     if not dry_run:
@@ -121,9 +118,9 @@ def run_sweep(
             for record in bench.run(plan.cell, reporter):
                 failures += record.status == "failed"
                 reporter.line(f"    {describe(record)}")
+        except RunFailed:  # results cannot be written: going on would measure for nothing
+            raise
         except QBenchError as error:  # this cell cannot be; the others can
-            if isinstance(error, StoreError):
-                raise
             failures += 1
             reporter.line(f"    failed: {error}")
     reporter.line(
@@ -131,6 +128,13 @@ def run_sweep(
         + (f"; {failures} failed, repeat them with --retry-failed" if failures else "")
     )
     return 1 if failures else 0
+
+
+def _hide_library_bars() -> None:
+    """One bar at a time: qbench's own."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def describe(record: QuantizationRecord | TaskRecord) -> str:
@@ -172,7 +176,7 @@ def parse_fields(pairs: Sequence[str]) -> dict[str, str]:
 
 def check(baseline: str, fields: Iterable[str]) -> int:
     """Run the conformance suite over one baseline and print a line per check."""
-    from qbench.conformance import check_baseline
+    from qbench.testing import check_baseline
 
     loaded = load_baseline(baseline, parse_fields(tuple(fields)))
     outcomes = check_baseline(loaded.instance)
@@ -192,6 +196,3 @@ def doctor(data: Path | None, results: Path) -> int:
     for finding in findings:
         print(finding)
     return 1 if any(finding.is_problem for finding in findings) else 0
-
-
-__all__ = ["Checkpoint", "replace"]

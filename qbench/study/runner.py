@@ -129,8 +129,7 @@ class Workbench:
         asked = self.settings.calibration
         if self.context and asked.seqlen > self.context:
             asked = asked.model_copy(update={"seqlen": self.context})
-        windows, tokens = calibration_windows(self.tokenizer, asked, self.settings.options.data_dir)
-        return windows, asked.model_copy(update={"tokens": tokens})
+        return calibration_windows(self.tokenizer, asked, self.settings.options.data_dir)
 
     def prepared(self, spec: TaskSpec, one_row_at_a_time: bool = False) -> PreparedTask:
         """A task, loaded and tokenized once."""

@@ -1,0 +1,241 @@
+"""The command line: options, exit codes, and nothing else.
+
+Heavy imports stay inside the commands, so that ``qbench --help``, ``list``, ``table`` and ``plot``
+answer at once. Exit codes: 0 done, 1 a run failed, 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qbench.errors import QBenchError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Compare post-training quantization methods: checkpoints x baselines x bits x tasks.",
+)
+
+Results = Annotated[Path, typer.Option("--results", help="Folder of stored results.")]
+Data = Annotated[
+    Path | None,
+    typer.Option("--data", help="Root with tasks/<task>/<split>.jsonl and corpora/."),
+]
+Names = Annotated[list[str], typer.Option(help="Keep these only; repeat it or use patterns.")]
+DEFAULT_RESULTS = Path("results/runs")
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line on standard error."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # with as many OpenMP threads as cores, spinning at barriers costs small machines dearly
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    try:
+        app()
+    except QBenchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted; what was finished is stored, run the same again", file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+@app.command("list")
+def list_(
+    what: Annotated[str, typer.Argument(help="baselines, tasks, corpora, runs or checkpoints")],
+    results: Results = DEFAULT_RESULTS,
+) -> None:
+    """List what can be named: baselines, tasks, corpora, runs, checkpoints."""
+    from qbench.study import listing
+
+    for line in listing.lines(what, results):
+        print(line)
+
+
+@app.command()
+def run(
+    checkpoint: Annotated[str, typer.Argument(help="Folder, or Hub id.")],
+    baseline: Annotated[str, typer.Option(help="Name, or file.py:Class.")] = "none",
+    scheme: Annotated[str, typer.Option(help="Such as W4A16g128 or W8A8:w=tensor.")] = "W16A16",
+    set_: Annotated[list[str], typer.Option("--set", help="field=value of the baseline.")] = [],  # noqa: B006
+    tasks: Annotated[str, typer.Option(help="Comma-separated; corpus@protocol too.")] = "wikitext2",
+    num_fewshot: Annotated[int, typer.Option(help="Examples before each question.")] = 0,
+    limit: Annotated[int | None, typer.Option(help="First N items of each task.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Context in tokens.")] = None,
+    encoding: Annotated[str, typer.Option(help="joint+bos, joint or lmeval03.")] = "joint+bos",
+    calibration: Annotated[str, typer.Option(help="Corpus or text file.")] = "c4",
+    nsamples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
+    seqlen: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
+    seed: Annotated[int, typer.Option(help="Of calibration and rotations.")] = 0,
+    data: Data = None,
+    device: Annotated[str, typer.Option()] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    results: Results = DEFAULT_RESULTS,
+    save: Annotated[Path | None, typer.Option(help="Write the quantized model.")] = None,
+    retry_failed: Annotated[bool, typer.Option(help="Repeat stored failures.")] = False,
+    allow_pickle: Annotated[bool, typer.Option(help="Read .bin weights (tensors only).")] = False,
+) -> None:
+    """Quantize one checkpoint with one baseline and measure it."""
+    from qbench.evaluation.tasks import EvaluationOptions
+    from qbench.record import CalibrationSpec
+    from qbench.study import commands
+    from qbench.study.runner import Settings
+    from qbench.study.sweep import task_spec
+
+    settings = Settings(
+        tasks=tuple(task_spec(t, num_fewshot, limit) for t in tasks.split(",") if t.strip()),
+        options=EvaluationOptions(data_dir=data, max_length=max_length, encoding=encoding),
+        calibration=CalibrationSpec(
+            source=calibration, nsamples=nsamples, seqlen=seqlen, seed=seed
+        ),
+        seed=seed,
+        dtype=dtype,
+        device=device,
+        retry_failed=retry_failed,
+    )
+    chosen = commands.Run(checkpoint, baseline, tuple(set_), scheme, save, allow_pickle)
+    sys.exit(commands.run(chosen, settings, results))
+
+
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(help="YAML; see the README.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan only.")] = False,
+    retry_failed: Annotated[bool, typer.Option(help="Repeat stored failures.")] = False,
+    data: Data = None,
+    results: Annotated[Path | None, typer.Option(help="Overrides the file's.")] = None,
+    allow_pickle: Annotated[bool, typer.Option(help="Read .bin weights (tensors only).")] = False,
+) -> None:
+    """Run every cell of a sweep file that is not stored yet."""
+    from qbench.study import commands
+
+    sys.exit(commands.sweep(file, data, results, dry_run, retry_failed, allow_pickle))
+
+
+@app.command()
+def table(
+    layout: Annotated[str, typer.Option(help="comparison, bitnet-table3, b158-table2")] = (
+        "comparison"
+    ),
+    metric: Annotated[str, typer.Option(help="acc, acc_norm or acc_token")] = "acc",
+    format: Annotated[str, typer.Option(help="terminal, md, latex, csv or html")] = "terminal",
+    against: Annotated[str | None, typer.Option(help="A published table.")] = None,
+    delta: Annotated[bool, typer.Option(help="Difference to full precision.")] = False,
+    checkpoint: Names = [],  # noqa: B006
+    baseline: Names = [],  # noqa: B006
+    scheme: Names = [],  # noqa: B006
+    task: Names = [],  # noqa: B006
+    num_fewshot: Annotated[int | None, typer.Option()] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o")] = None,
+    results: Results = DEFAULT_RESULTS,
+) -> None:
+    """Print everything stored as a table."""
+    import shutil
+
+    from qbench.study.store import Store
+    from qbench.study.tables import table as make
+
+    text = make(
+        Store(results),
+        layout,
+        metric=metric,
+        against=against,
+        delta=delta,
+        format=format,
+        width=max(shutil.get_terminal_size((120, 24)).columns, 60),
+        checkpoints=checkpoint or None,
+        baselines=baseline or None,
+        schemes=scheme or None,
+        tasks=task or None,
+        num_fewshot=num_fewshot,
+    )
+    if output is None:
+        print(text)
+        return
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise QBenchError(f"cannot write {output}: {error.strerror}") from error
+    print(output)
+
+
+@app.command()
+def plot(
+    output: Annotated[Path, typer.Option("--output", "-o", help=".png, .svg or .pdf")],
+    kind: Annotated[str | None, typer.Option(help="accuracy-vs-bits, perplexity-vs-bits")] = None,
+    metric: Annotated[str, typer.Option(help="acc, acc_norm, acc_token or perplexity")] = "acc",
+    x: Annotated[str, typer.Option(help="wbits or effective_bits")] = "wbits",
+    width: Annotated[float | None, typer.Option(help="Inches.")] = None,
+    checkpoint: Names = [],  # noqa: B006
+    baseline: Names = [],  # noqa: B006
+    scheme: Names = [],  # noqa: B006
+    task: Names = [],  # noqa: B006
+    num_fewshot: Annotated[int | None, typer.Option()] = None,
+    results: Results = DEFAULT_RESULTS,
+) -> None:
+    """Draw accuracy or perplexity against bits."""
+    from qbench.study.plots import plot as draw
+    from qbench.study.store import Store
+
+    is_perplexity = metric == "perplexity"
+    path = draw(
+        Store(results),
+        kind or ("perplexity-vs-bits" if is_perplexity else "accuracy-vs-bits"),
+        output=output,
+        x=x,
+        metric="acc" if is_perplexity else metric,
+        width_in=width,
+        checkpoints=checkpoint or None,
+        baselines=baseline or None,
+        schemes=scheme or None,
+        tasks=task or None,
+        num_fewshot=num_fewshot,
+    )
+    print(path)
+
+
+@app.command()
+def check(
+    baseline: Annotated[str, typer.Argument(help="Name, or file.py:Class.")],
+    set_: Annotated[list[str], typer.Option("--set", help="field=value of the baseline.")] = [],  # noqa: B006
+) -> None:
+    """Test whether a baseline keeps the contract, and say what is wrong if not."""
+    from qbench.study import commands
+
+    sys.exit(commands.check(baseline, tuple(set_)))
+
+
+@app.command()
+def doctor(data: Data = None, results: Results = DEFAULT_RESULTS) -> None:
+    """Say what this machine has: packages, devices, data, whether results can be written."""
+    from qbench.study import commands
+
+    sys.exit(commands.doctor(data, results))
+
+
+@app.command()
+def demo(
+    full: Annotated[bool, typer.Option("--full", help="All items instead of a sample.")] = False,
+    results: Annotated[Path, typer.Option(help="Folder for results and figure.")] = Path(
+        "results/runs/demo"
+    ),
+) -> None:
+    """Show the main job on a small model: sweep, table, figure."""
+    from qbench.study.demo import demo as run_demo
+
+    sys.exit(run_demo(results, full))
+
+
+if __name__ == "__main__":
+    main()

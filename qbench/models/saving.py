@@ -1,0 +1,63 @@
+"""Write a quantized model as an ordinary transformers checkpoint.
+
+Weights are stored dequantized, so the folder loads anywhere. Activation quantizers are no part of
+such a checkpoint; what was done is written to ``qbench.json`` beside the weights.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qbench.errors import QBenchError, RunFailed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from qbench.record import QuantizationRecord
+
+
+def check_target(folder: Path) -> None:
+    """Refuse a target that holds something already.
+
+    Raises:
+        QBenchError: naming the folder.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise QBenchError(f"{folder} exists and is not empty; --save never overwrites")
+
+
+def save_checkpoint(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    record: QuantizationRecord,
+    folder: Path,
+) -> None:
+    """Save to ``folder``, which appears only when it is complete.
+
+    Raises:
+        QBenchError: if the folder is taken, or an online input transform is part of the model.
+        RunFailed: if it cannot be written.
+    """
+    check_target(folder)
+    online = [layer.name for layer in record.layers if layer.extra.get("input_transform")]
+    if online:
+        raise QBenchError(
+            f"{record.key.baseline.name} transforms the input of {online[0]} at run time, which an "
+            "ordinary checkpoint cannot hold; nothing was saved"
+        )
+    partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        text = record.model_dump_json(indent=2)
+        (partial / "qbench.json").write_text(text, encoding="utf-8")
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise RunFailed(f"cannot save to {folder}: {error.strerror or error}") from error

@@ -1,0 +1,102 @@
+"""What this machine has: packages, device, data, whether results can be written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import requires, version
+from pathlib import Path
+
+from qbench.errors import QBenchError
+from qbench.study.environment import environment
+from qbench.study.store import Store
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    what: str
+    found: str
+    is_problem: bool = False
+
+    def __str__(self) -> str:
+        return f"{'PROBLEM' if self.is_problem else 'ok':8} {self.what}: {self.found}"
+
+
+def examine(data: Path | None, results: Path) -> list[Finding]:
+    """Everything worth knowing before a run."""
+    found = list(_packages())
+    found += _machine()
+    found += _results(results)
+    found += _data(data)
+    return found
+
+
+def _packages() -> Iterator[Finding]:
+    from importlib.metadata import PackageNotFoundError
+
+    from packaging.requirements import Requirement
+
+    for text in requires("qbench") or []:
+        requirement = Requirement(text)
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            have = version(requirement.name)
+        except PackageNotFoundError:
+            yield Finding(requirement.name, "is not installed; pip install qbench", True)
+            continue
+        fits = requirement.specifier.contains(have, prereleases=True)
+        wanted = "" if fits else f", but qbench needs {requirement.specifier}"
+        yield Finding(requirement.name, f"{have}{wanted}", not fits)
+
+
+def _machine() -> Iterator[Finding]:
+    import torch
+
+    facts = environment()
+    yield Finding("python", f"{facts['python']} on {facts['system']}")
+    yield Finding(
+        "processor", f"{facts['cpu']}, {facts['cpus']} usable, {facts['threads']} threads"
+    )
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        yield Finding("gpu", ", ".join(names))
+    else:
+        yield Finding("gpu", "none; everything runs on the processor")
+
+
+def _results(results: Path) -> Iterator[Finding]:
+    try:
+        Store(results).check_writable()
+    except QBenchError as error:
+        yield Finding("results", str(error), True)
+        return
+    folder = results
+    while not folder.exists():
+        folder = folder.parent if folder != folder.parent else Path()
+    free = shutil.disk_usage(folder).free / 2**30
+    yield Finding("results", f"{results} can be written, {free:.1f} GiB free", free < 1)
+
+
+def _data(data: Path | None) -> Iterator[Finding]:
+    from qbench.evaluation.tasks import pinned_tasks
+
+    offline = os.environ.get("HF_HUB_OFFLINE") == "1"
+    if data is None:
+        where = "offline, so they need --data" if offline else "they come from the Hub"
+        yield Finding("data", f"no --data folder given; {where}", offline)
+        return
+    if not data.is_dir():
+        yield Finding("data", f"{data} is no folder", True)
+        return
+    for kind in ("tasks", "corpora"):
+        if not (data / kind).is_dir():
+            yield Finding(kind, f"{data / kind} does not exist")
+    for task in pinned_tasks():
+        folder = data / "tasks" / task
+        files = sorted(p.name for p in folder.glob("*")) if folder.is_dir() else []
+        yield Finding(f"task {task}", ", ".join(files) or f"not in {folder}; it comes from the Hub")

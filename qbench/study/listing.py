@@ -1,0 +1,87 @@
+"""What ``qbench list`` prints; nothing here imports torch."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+from qbench.errors import QBenchError, unknown
+
+
+def lines(what: str, results: Path) -> Iterator[str]:
+    """The lines for one kind of thing.
+
+    Raises:
+        QBenchError: for an unknown kind.
+    """
+    kinds = {
+        "baselines": _baselines,
+        "tasks": _tasks,
+        "corpora": _corpora,
+        "runs": lambda: _runs(results),
+        "checkpoints": lambda: _checkpoints(results),
+    }
+    if what not in kinds:
+        raise unknown("kind", what, kinds)
+    return kinds[what]()
+
+
+def _aligned(entries: dict[str, str]) -> Iterator[str]:
+    width = max(map(len, entries), default=0)
+    for name, text in entries.items():
+        yield f"{name:{width}}  {text}".rstrip()
+
+
+def _baselines() -> Iterator[str]:
+    """Names and the first line of each module: reading it needs no import of the method."""
+    import ast
+
+    from qbench.registry import baseline_entry_points
+
+    found = {}
+    for name, point in sorted(baseline_entry_points().items()):
+        spec = importlib.util.find_spec(point.module)
+        source = Path(spec.origin).read_text(encoding="utf-8") if spec and spec.origin else ""
+        text = ast.get_docstring(ast.parse(source)) or ""
+        found[name] = text.partition("\n")[0]
+    return _aligned(found)
+
+
+def _tasks() -> Iterator[str]:
+    from qbench.evaluation.tasks import known_tasks
+
+    return _aligned(known_tasks())
+
+
+def _corpora() -> Iterator[str]:
+    from qbench.evaluation.corpora import known_corpora
+
+    return _aligned(known_corpora())
+
+
+def _runs(results: Path) -> Iterator[str]:
+    from qbench.study.store import Store
+
+    for run in Store(results).runs():
+        record = run.quantization
+        tasks = ", ".join(sorted(task.key.task for task in run.tasks)) or "no tasks"
+        yield (
+            f"{record.checkpoint}  {record.key.scheme}  {record.key.baseline.name}  "
+            f"{record.status}  {tasks}"
+        )
+
+
+def _checkpoints(results: Path) -> Iterator[str]:
+    from qbench.study.store import Store
+
+    seen: dict[str, set[str]] = {}
+    for run in Store(results).runs():
+        fingerprint = run.quantization.key.weights[:12]
+        seen.setdefault(run.quantization.checkpoint, set()).add(fingerprint)
+    if not seen:
+        raise QBenchError(
+            f"no results under {results}, so no checkpoint is known; "
+            "any folder or Hub id can be given to qbench run"
+        )
+    return _aligned({name: " ".join(sorted(marks)) for name, marks in sorted(seen.items())})
