@@ -66,7 +66,7 @@ def _checked(cls: Any, name: str) -> type[Baseline]:
 
     if not (isinstance(cls, type) and issubclass(cls, Baseline)):
         raise QBenchError(f"{name} is not a qbench.Baseline subclass; see README, 'Add a baseline'")
-    missing = getattr(cls, "__abstractmethods__", frozenset())
+    missing: frozenset[str] = getattr(cls, "__abstractmethods__", frozenset())
     if missing:
         raise QBenchError(f"{name} does not define {', '.join(sorted(missing))}")
     return cls

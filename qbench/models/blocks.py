@@ -118,9 +118,9 @@ class _Recorder:
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.stack.pop()
-        weight = getattr(module, "weight", None)
+        weight: Any = getattr(module, "weight", None)
         is_vector = isinstance(weight, nn.Parameter) and weight.ndim == 1
-        if is_vector and isinstance(output, Tensor) and output.shape[-1] == weight.numel():
+        if is_vector and isinstance(output, Tensor) and output.shape[-1:] == weight.shape:
             self.norms[self.names[module]] = (module, args[0], output)
 
 

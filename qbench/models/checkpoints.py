@@ -119,7 +119,7 @@ class Checkpoint:
         if dtype not in DTYPES:
             raise QBenchError(f"dtype {dtype!r} is not offered; choose one of {', '.join(DTYPES)}")
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 self.folder,
                 dtype=getattr(torch, dtype),
                 use_safetensors=not self.pickled,
@@ -127,6 +127,7 @@ class Checkpoint:
             )
         except Exception as error:  # a corrupt file surfaces as many kinds
             raise QBenchError(f"cannot load {self.name}: {_first_line(error)}") from error
+        model, info = loaded
         self._check_loaded(model, info)
         try:
             return model.to(torch.device(device)).eval().requires_grad_(False)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ class NormFold:
 
     name: str
     """Of the norm, relative to the block."""
-    norm: nn.Module
+    norm: Any  # whatever the architecture calls its norm: weight, perhaps bias
     offset: float
     """The norm multiplies by ``weight + offset``: 1 for Gemma's norms, else 0."""
     readers: list[Linear] = field(default_factory=list)
@@ -94,7 +95,7 @@ def _row_bytes(x: Tensor) -> list[bytes]:
     return [row.tobytes() for row in flat]
 
 
-def _weight_offset(norm: nn.Module, x: Tensor) -> float | None:
+def _weight_offset(norm: Any, x: Tensor) -> float | None:
     """0 if the norm's output is proportional to its weight, 1 if to weight + 1, None if neither."""
     weight, bias = norm.weight.data, getattr(norm, "bias", None)
     saved = weight.clone(), bias.data.clone() if bias is not None else None

@@ -17,6 +17,7 @@ import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -298,7 +299,8 @@ def _ratio(part: Tensor, whole: Tensor) -> float | None:
 
 def trace_windows(model: nn.Module) -> Tensor:
     """A few arbitrary tokens (1, 16), to trace blocks when no method needs data."""
-    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    vocabulary = embeddings.num_embeddings
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, vocabulary, (1, 16), generator=generator)
 
@@ -306,5 +308,6 @@ def trace_windows(model: nn.Module) -> Tensor:
 def use_eager_experts(model: nn.Module) -> None:
     """Switch fused experts, if any, to one product per expert, where each input can be seen."""
     fused = any(p.ndim == 3 for _, block in find_blocks(model) for p in block.parameters())
-    if fused and hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")
+    switch: Any = getattr(model, "set_experts_implementation", None)
+    if fused and switch is not None:
+        switch("eager")

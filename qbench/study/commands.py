@@ -52,8 +52,8 @@ def run(chosen: Run, settings: Settings, results: Path) -> int:
     reporter.line(f"{checkpoint.name} · {cell}")
     plan = bench.plan(cell)
     for spec in plan.stored:
-        record = store.find_task(checkpoint.name, plan.key, bench.task_key(plan.key, spec))
-        print(f"{describe(record)}  (stored)" if record else "")
+        stored = store.find_task(checkpoint.name, plan.key, bench.task_key(plan.key, spec))
+        print(f"{describe(stored)}  (stored)" if stored else "")
     if plan.failed:
         raise RunFailed(f"this failed before: {plan.failed}; repeat it with --retry-failed")
     failures = 0

@@ -57,8 +57,8 @@ class CalibrationEntry(_Strict):
     """Which text methods see."""
 
     source: str = "c4"
-    nsamples: int = Field(128, gt=0)
-    seqlen: int = Field(2048, gt=1)
+    nsamples: int = Field(default=128, gt=0)
+    seqlen: int = Field(default=2048, gt=1)
     seed: int = 0
 
 
