@@ -1,7 +1,7 @@
 """The command line: options, exit codes, and nothing else.
 
 Heavy imports stay inside the commands, so that ``qbench --help``, ``list``, ``table`` and ``plot``
-answer at once. Exit codes: 0 done, 1 a run failed, 2 wrong usage.
+answer at once. Exit codes: 0 done, 1 a run failed, 2 wrong usage, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -9,13 +9,31 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from qbench.errors import QBenchError
 
+
+class _Commands(TyperGroup):
+    """The commands; a user's mistake is one line on standard error, without a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the chosen command."""
+        try:
+            return super().invoke(ctx)
+        except QBenchError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(error.exit_code) from error
+        except KeyboardInterrupt:  # caught here, because typer would say nothing
+            print("interrupted; what was finished is stored, run the same again", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+
 app = typer.Typer(
+    cls=_Commands,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -33,21 +51,11 @@ DEFAULT_RESULTS = Path("results/runs")
 
 
 def main() -> None:
-    """Run the command line; a user's mistake is one line on standard error."""
+    """Run the command line."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # with as many OpenMP threads as cores, spinning at barriers costs small machines dearly
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    try:
-        app()
-    except QBenchError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted; what was finished is stored, run the same again", file=sys.stderr)
-        sys.exit(1)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    app()
 
 
 @app.command("list")

@@ -124,6 +124,11 @@ def _positive(scale: Tensor) -> Tensor:
     return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
+def _almost_zero(scale: Tensor) -> Tensor:
+    """The same for grids without a zero level: their levels have to shrink to nothing instead."""
+    return scale.clamp(min=torch.finfo(scale.dtype).tiny)
+
+
 def _absmax(x: Tensor) -> Tensor:
     return x.abs().amax(-1, keepdim=True)
 
@@ -160,12 +165,12 @@ def _fit_asym(x: Tensor, bits: float) -> Affine:
 def _fit_rms(x: Tensor, bits: float) -> Affine:
     top = QUIP_RHO * x.square().mean(-1, keepdim=True).sqrt()
     steps = 2**bits - 1
-    scale = _positive(2 * top / steps)
+    scale = _almost_zero(2 * top / steps)
     return Affine(scale, torch.full_like(scale, steps / 2))
 
 
 def _fit_sign(x: Tensor, bits: float) -> Affine:
-    scale = _positive(2 * x.abs().mean(-1, keepdim=True))
+    scale = _almost_zero(2 * x.abs().mean(-1, keepdim=True))
     return Affine(scale, torch.full_like(scale, 0.5))
 
 
@@ -384,7 +389,8 @@ def stored_bits(quantized: QuantizedWeight, scheme: Scheme) -> float:
     if scheme.wbits >= 16:
         return 16.0 * count
     grid = get_grid(scheme.grid)
-    groups = quantized.scale.numel() if quantized.scale is not None else quantized.weight.shape[0]
+    scale = quantized.scale
+    groups = rows_of(quantized.weight, scheme)[..., 0].numel() if scale is None else scale.numel()
     per_group = 16.0 + (scheme.wbits if scheme.grid == "asym" else 0.0)
     index = 32.0 * quantized.g_idx.numel() if quantized.g_idx is not None else 0.0
     return grid.bits_per_code(scheme.wbits) * count + per_group * groups + index

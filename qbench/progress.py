@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 Update = Callable[[int, int], None]
 """(done, total)"""
+PLAIN_SECONDS = 30
+"""How often a plain line says how far a step is."""
 
 
 class Reporter:
@@ -32,9 +34,21 @@ class Reporter:
             with _bar(label) as update:
                 yield update
         else:
-            started = time.perf_counter()
-            yield lambda done, total: None
-            self.line(f"{label}: {time.perf_counter() - started:.1f} s")
+            yield self._plain(label)
+
+    def _plain(self, label: str) -> Update:
+        """Off a terminal: a line every half minute, none for what is over sooner."""
+        started = last = time.perf_counter()
+
+        def update(done: int, total: int) -> None:
+            nonlocal last
+            now = time.perf_counter()
+            if 0 < done < total and now - last >= PLAIN_SECONDS:
+                last = now
+                left = (now - started) / done * (total - done)
+                self.line(f"    {label}: {done / total:.0%}, about {left:.0f} s left")
+
+        return update
 
 
 @contextmanager

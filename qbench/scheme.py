@@ -89,6 +89,14 @@ class Scheme:
             raise QBenchError("static activation scales are per tensor; drop a=token or static")
         if self.bmm and self.abits == 16:
             raise QBenchError("bmm quantizes at the activation width; 16 bits leave nothing to do")
+        if self.group_size > 0:  # one meaning, one form
+            object.__setattr__(self, "w_granularity", "group")
+        for pattern, _ in self.overrides:
+            if not pattern or pattern != pattern.strip() or set(pattern) & set(";="):
+                raise QBenchError(
+                    f"override pattern {pattern!r} cannot be written down; it is a linear's name "
+                    "with * and ?, without ';' and '='"
+                )
         if any(inner.overrides for _, inner in self.overrides):
             raise QBenchError("an override cannot contain overrides; list them one after another")
         if any(inner.kvbits != 16 or inner.bmm for _, inner in self.overrides):
@@ -121,9 +129,10 @@ class Scheme:
         """Whether an activation scale is taken over the whole input tensor at run time.
 
         Such a model gives a sentence another score in another batch, so it is evaluated one
-        unpadded row at a time.
+        unpadded row at a time. What ``bmm`` rounds has no static scales, only dynamic ones.
         """
-        own = self.abits < 16 and self.a_granularity == "tensor" and not self.static
+        per_tensor = self.static or self.a_granularity == "tensor"
+        own = self.abits < 16 and per_tensor and (self.bmm or not self.static)
         return own or any(s.depends_on_batch for _, s in self.overrides)
 
     @property
@@ -181,7 +190,6 @@ class Scheme:
             "abits": int(match["a"]),
             "kvbits": int(match["kv"] or 16),
             "group_size": int(match["g"] or -1),
-            "w_granularity": "group" if match["g"] and int(match["g"]) > 0 else "auto",
             "overrides": tuple(overrides),
         }
         for option in filter(None, (o.strip() for o in options.split(","))):

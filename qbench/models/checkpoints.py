@@ -2,8 +2,8 @@
 
 A checkpoint is a local folder or a Hub id. Its fingerprint covers the weights, the configuration
 and the tokenizer, and neither path nor machine, so that results find each other. What would run
-but give wrong numbers (missing or unknown tensors, NaN weights, an architecture that is no causal
-language model) is refused with the reason.
+but give wrong numbers (missing or unknown tensors, NaN weights, attention that looks ahead) is
+refused with the reason.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +22,7 @@ from qbench.errors import QBenchError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 CAUSAL = ("ForCausalLM", "LMHeadModel", "DoubleHeadsModel")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -50,17 +52,20 @@ class Checkpoint:
     @cached_property
     def config(self) -> dict[str, Any]:
         """``config.json``."""
-        path = self.folder / "config.json"
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise QBenchError(f"cannot read {path}: {error}") from error
+        return _read_json(self.folder / "config.json")
 
-    @property
+    @cached_property
     def weight_files(self) -> list[Path]:
-        """Safetensors files (or pickles, where allowed), by name."""
-        pattern = "pytorch_model*.bin" if self.pickled else "*.safetensors"
-        return sorted(self.folder.glob(pattern))
+        """The files transformers reads: one, or the shards that the index names.
+
+        Other copies of the weights in the folder (``consolidated.safetensors``) are none of them.
+        """
+        name = "pytorch_model.bin" if self.pickled else "model.safetensors"
+        index = self.folder / f"{name}.index.json"
+        if (self.folder / name).is_file() or not index.is_file():
+            return [path for path in [self.folder / name] if path.is_file()]
+        shards = _read_json(index).get("weight_map") or {}
+        return sorted({self.folder / str(shard) for shard in shards.values()})
 
     @cached_property
     def fingerprint(self) -> str:
@@ -84,11 +89,43 @@ class Checkpoint:
         """Shape of every stored tensor; empty for pickles, whose headers cannot be read alone."""
         found: dict[str, list[int]] = {}
         for path in [] if self.pickled else self.weight_files:
-            with path.open("rb") as file:
-                size = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(size)) if size < 10**8 else {}
-            found |= {k: v["shape"] for k, v in header.items() if k != "__metadata__"}
+            found |= {name: entry["shape"] for name, entry in _header(path).items()}
         return found
+
+    @cached_property
+    def row_lengths(self) -> dict[str, int]:
+        """Inputs of every linear in the decoder blocks, found without reading any weight."""
+        import torch
+        from transformers import AutoModelForCausalLM
+        from transformers.pytorch_utils import Conv1D
+
+        from qbench.models.blocks import find_blocks
+
+        with torch.device("meta"), _quiet():
+            model = AutoModelForCausalLM.from_config(self.load_config())
+        found = {}
+        for block_name, block in find_blocks(model):
+            for name, module in block.named_modules():
+                if isinstance(module, (torch.nn.Linear, Conv1D)):
+                    rows = module.weight.shape
+                    found[f"{block_name}.{name}"] = rows[0 if isinstance(module, Conv1D) else 1]
+        return found
+
+    def load_config(self) -> PretrainedConfig:
+        """The configuration as transformers understands it.
+
+        Raises:
+            QBenchError: for an architecture that this transformers does not know.
+        """
+        from transformers import AutoConfig
+
+        try:
+            with _quiet():
+                return AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
+        except Exception as error:  # transformers raises many kinds for a configuration it rejects
+            raise QBenchError(
+                f"transformers cannot read the config.json of {self.name} ({_first_line(error)})"
+            ) from error
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The checkpoint's own tokenizer.
@@ -99,7 +136,7 @@ class Checkpoint:
         from transformers import AutoTokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(self.folder)
+            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
         except Exception as error:  # transformers raises many kinds for a broken tokenizer
             raise QBenchError(
                 f"{self.name} has no tokenizer that can be read ({_first_line(error)}); "
@@ -113,26 +150,34 @@ class Checkpoint:
             QBenchError: for missing or unknown tensors, non-finite weights, an unreadable file, an
                 unknown dtype or device.
         """
+        import pickle
+
         import torch
         from transformers import AutoModelForCausalLM
 
-        if dtype not in DTYPES:
-            raise QBenchError(f"dtype {dtype!r} is not offered; choose one of {', '.join(DTYPES)}")
+        check_dtype(dtype)
+        check_device(device)
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                self.folder,
-                dtype=getattr(torch, dtype),
-                use_safetensors=not self.pickled,
-                output_loading_info=True,
-            )
+            with _quiet():
+                model, info = AutoModelForCausalLM.from_pretrained(
+                    self.folder,
+                    dtype=getattr(torch, dtype),
+                    use_safetensors=not self.pickled,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # reported below, in one line
+                    trust_remote_code=False,
+                )
+        except pickle.UnpicklingError as error:
+            raise QBenchError(
+                f"the .bin files of {self.name} hold more than tensors, which could run code when "
+                "opened; convert them to safetensors where you trust them"
+            ) from error
         except Exception as error:  # a corrupt file surfaces as many kinds
             raise QBenchError(f"cannot load {self.name}: {_first_line(error)}") from error
-        model, info = loaded
         self._check_loaded(model, info)
-        try:
-            return model.to(torch.device(device)).eval().requires_grad_(False)
-        except (RuntimeError, AssertionError) as error:
-            raise QBenchError(f"cannot use device {device!r}: {_first_line(error)}") from error
+        model = model.to(torch.device(device)).eval().requires_grad_(False)
+        self._check_causal(model)
+        return model
 
     def _check_loaded(self, model: torch.nn.Module, info: dict[str, Any]) -> None:
         import torch
@@ -142,13 +187,28 @@ class Checkpoint:
             ("mismatched_keys", "has tensors of another shape than its config.json says"),
             ("unexpected_keys", "has tensors its model class ignores, so it would run without"),
         ):
-            names = sorted(str(k) for k in info.get(kind) or ())
+            names = sorted(k if isinstance(k, str) else str(k[0]) for k in info.get(kind) or ())
             if names:
                 shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
                 raise QBenchError(f"{self.name} {why}: {shown}")
         for name, parameter in model.named_parameters():
             if not torch.isfinite(parameter).all():
                 raise QBenchError(f"{self.name}: {name} contains NaN or infinite weights")
+
+    def _check_causal(self, model: PreTrainedModel) -> None:
+        """Refuse a model in which a later token changes what is said about earlier ones."""
+        import torch
+
+        last = model.get_input_embeddings().num_embeddings - 1  # type: ignore[operator]
+        ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=model.device).clamp(max=last)
+        with torch.no_grad():
+            ahead, other = model(input_ids=ids).logits[:, :-1].float()
+        tolerance = 1e-4 if model.dtype == torch.float32 else 2e-2
+        if (ahead - other).abs().max() > tolerance * ahead.abs().max():
+            raise QBenchError(
+                f"{self.name} ({type(model).__name__}) is no causal language model: its attention "
+                "looks ahead; qbench measures next-token prediction"
+            )
 
 
 def find_checkpoint(name: str, *, allow_pickle: bool = False) -> Checkpoint:
@@ -172,15 +232,8 @@ def find_checkpoint(name: str, *, allow_pickle: bool = False) -> Checkpoint:
         raise QBenchError(f"{folder} is no checkpoint: it has no config.json")
     _check_architecture(checkpoint)
     if not checkpoint.weight_files:
-        pickles = sorted(p.name for p in folder.glob("*.bin"))
-        if not pickles:
-            raise QBenchError(f"{folder} holds no weights (looked for *.safetensors)")
-        if not allow_pickle:
-            raise QBenchError(
-                f"{name} has pickled weights only ({pickles[0]}), which can run code when opened; "
-                "convert them to safetensors, or pass --allow-pickle to read tensors alone"
-            )
-        checkpoint = Checkpoint(checkpoint.name, folder, pickled=True)
+        checkpoint = _pickled(checkpoint, allow_pickle)
+    _check_files(checkpoint)
     return checkpoint
 
 
@@ -194,6 +247,82 @@ def load_checkpoint(
     """
     checkpoint = find_checkpoint(name)
     return checkpoint.load_model(dtype, device), checkpoint.load_tokenizer()
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise a QBenchError for a compute dtype that is not offered."""
+    if dtype not in DTYPES:
+        raise QBenchError(f"dtype {dtype!r} is not offered; choose one of {', '.join(DTYPES)}")
+
+
+def check_device(device: str) -> None:
+    """Raise a QBenchError for a device that this machine, or this torch, does not have."""
+    import torch
+
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        have = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        have += ["mps"] if torch.backends.mps.is_available() else []
+        raise QBenchError(
+            f"cannot use device {device!r}; this machine and this torch have {', '.join(have)}"
+        ) from error
+
+
+def _pickled(checkpoint: Checkpoint, allow_pickle: bool) -> Checkpoint:
+    """The same checkpoint read from its ``.bin`` files, where that is allowed."""
+    folder = checkpoint.folder
+    pickled = Checkpoint(checkpoint.name, folder, pickled=True)
+    if not pickled.weight_files:
+        raise QBenchError(
+            f"{folder} holds no weights (looked for model.safetensors and its index)"
+            + ("" if allow_pickle else "; weights in .bin files need --allow-pickle")
+        )
+    if not allow_pickle:
+        raise QBenchError(
+            f"{checkpoint.name} has pickled weights only ({pickled.weight_files[0].name}), which "
+            "can run code when opened; convert them to safetensors, or pass --allow-pickle to "
+            "read tensors alone"
+        )
+    return pickled
+
+
+def _check_files(checkpoint: Checkpoint) -> None:
+    """Refuse missing shards and damaged safetensors before anything takes time."""
+    for path in checkpoint.weight_files:
+        if not path.is_file():
+            raise QBenchError(f"{path} is missing, though the index beside it names it")
+    checkpoint.shapes()
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """What a safetensors file holds: tensor name -> dtype, shape and place in the file."""
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size)) if size < 10**8 else {}
+        header.pop("__metadata__", None)
+        promised = 8 + size + max(entry["data_offsets"][1] for entry in header.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise QBenchError(
+            f"{path} cannot be read as safetensors; it is damaged or cut short, fetch it again"
+        ) from error
+    if path.stat().st_size != promised:
+        raise QBenchError(
+            f"{path} has {path.stat().st_size} bytes where its header promises {promised}; it is "
+            "cut short or damaged, fetch it again"
+        )
+    return header
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise QBenchError(f"cannot read {path}: {error}") from error
+    if not isinstance(found, dict):
+        raise QBenchError(f"cannot read {path}: it holds no JSON object")
+    return found
 
 
 def _check_architecture(checkpoint: Checkpoint) -> None:
@@ -214,7 +343,7 @@ def _check_architecture(checkpoint: Checkpoint) -> None:
 
 
 def _download(name: str, allow_pickle: bool) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     patterns = ["*.json", "*.safetensors", "tokenizer*", "*.txt", "*.model"]
@@ -224,9 +353,27 @@ def _download(name: str, allow_pickle: bool) -> Path:
     except HFValidationError:
         raise QBenchError(f"no such checkpoint folder: {name}") from None
     except Exception as error:  # the Hub client raises many kinds, all meaning "not to be had"
+        if constants.HF_HUB_OFFLINE:
+            raise QBenchError(
+                f"no folder {name!r} here, nor in the Hub cache; HF_HUB_OFFLINE is set, so the Hub "
+                "was not asked"
+            ) from error
         raise QBenchError(
             f"no folder {name!r} here, and the Hub does not give it ({_first_line(error)})"
         ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from explaining at length what qbench then says in one line."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _first_line(error: BaseException) -> str:

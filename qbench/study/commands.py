@@ -139,6 +139,7 @@ def _hide_library_bars() -> None:
 
 def describe(record: QuantizationRecord | TaskRecord) -> str:
     """One line about a record."""
+    seconds = f", {record.wall_seconds:.1f} s" if record.wall_seconds is not None else ""
     if isinstance(record, QuantizationRecord):
         if record.status == "not_applicable":
             return f"not applicable: {record.error}"
@@ -146,7 +147,7 @@ def describe(record: QuantizationRecord | TaskRecord) -> str:
             return f"quantization failed: {record.error}"
         fallback = f", {record.fallbacks} layers rounded to nearest" if record.fallbacks else ""
         bits = f"{record.effective_bits:.2f} bits per weight" if record.effective_bits else ""
-        return f"quantized {len(record.layers)} matrices, {bits}{fallback}"
+        return f"quantized {len(record.layers)} matrices, {bits}{fallback}{seconds}"
     key = record.key
     shots = f", {key.num_fewshot}-shot" if key.num_fewshot else ""
     head = f"{key.task} [{key.protocol}{shots}]"
@@ -156,7 +157,7 @@ def describe(record: QuantizationRecord | TaskRecord) -> str:
         f"{name} {metric.as_float():.4f}" + (f" ± {metric.stderr:.4f}" if metric.stderr else "")
         for name, metric in record.metrics.items()
     )
-    return f"{head}  {numbers}  (n={record.n_items})"
+    return f"{head}  {numbers}  (n={record.n_items}{seconds})"
 
 
 def parse_fields(pairs: Sequence[str]) -> dict[str, str]:

@@ -281,7 +281,7 @@ class Workbench:
         record, items = TaskRecord(key=key), None
         with (
             peak_memory(self.settings.device) as peak,
-            reporter.step(f"{spec} of {plan.cell}") as progress,
+            reporter.step(f"{key.task} of {plan.cell}") as progress,
         ):
             try:
                 result = task.run(model, progress)

@@ -1,0 +1,28 @@
+# make demo   install into .venv and show the main job
+# make test   install into .venv and run the default test suite
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+.PHONY: install demo test test-slow lint
+install: $(INSTALLED)
+
+demo: install
+	$(BIN)/qbench demo
+
+# one thread per worker: two workers with two threads each only get in each other's way
+test: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+test-slow: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
