@@ -114,6 +114,11 @@ class Scheme:
         return own or any(s.quantizes_activations for _, s in self.overrides)
 
     @property
+    def has_groups(self) -> bool:
+        """Whether any weights are quantized in groups."""
+        return self.group_size > 0 or any(s.has_groups for _, s in self.overrides)
+
+    @property
     def is_identity(self) -> bool:
         """Whether nothing at all is quantized."""
         return not (self.quantizes_weights or self.quantizes_activations)
