@@ -168,6 +168,10 @@ def with_fields(cls: type[Baseline], values: Mapping[str, Any]) -> Baseline:
         if name not in fields:
             raise unknown(f"field of baseline {cls.__name__}", name, fields or ["(it has none)"])
         converted[name] = _convert(cls, name, value, fields[name].default)
+    needed = [n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
+    missing = [name for name in needed if name not in converted]
+    if missing:
+        raise QBenchError(f"{cls.__name__} needs a value for {', '.join(missing)}")
     return cls(**converted)
 
 
@@ -185,7 +189,7 @@ def _convert(cls: type[Baseline], name: str, value: Any, default: Any) -> Any:
         if kind is float and not math.isfinite(float(value)):
             raise ValueError
         return kind(value) if kind in (int, float, str) else value
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise QBenchError(
             f"{cls.__name__}.{name} takes a {kind.__name__}, got {value!r}; "
             f"for example {name}={default!r}"

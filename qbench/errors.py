@@ -29,7 +29,8 @@ def unknown(kind: str, value: str, known: Iterable[str]) -> QBenchError:
         value: the name as given.
         known: every valid name.
     """
-    names = sorted(known)
+    names = sorted(set(known))
     near = difflib.get_close_matches(value, names, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "known: " + ", ".join(names)
+    known_names = f"known: {', '.join(names)}" if names else "there is none"
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else known_names
     return QBenchError(f"unknown {kind} {value!r}; {hint}")

@@ -48,12 +48,14 @@ def load_baseline(name: str, fields: Mapping[str, Any] | None = None) -> LoadedB
 
     if ".py:" in name:
         cls, source = _from_file(name)
-        shown = f"{cls.__name__}"
+        shown = name.rpartition(":")[2]
     else:
         points = baseline_entry_points()
+        if name.endswith(".py"):
+            raise QBenchError(f"{name} names no class; write file.py:Class, as in {name}:MyMethod")
         if name not in points:
             raise unknown("baseline", name, points)
-        cls, source, shown = points[name].load(), None, name
+        cls, source, shown = _from_entry_point(points[name]), None, name
     instance = with_fields(_checked(cls, name), fields or {})
     spec = BaselineSpec(
         name=shown, parameters=instance.parameters(), version=instance.version, source=source
@@ -70,6 +72,16 @@ def _checked(cls: Any, name: str) -> type[Baseline]:
     if missing:
         raise QBenchError(f"{name} does not define {', '.join(sorted(missing))}")
     return cls
+
+
+def _from_entry_point(point: EntryPoint) -> Any:
+    try:
+        return point.load()
+    except Exception as error:  # somebody else's package may raise anything on import
+        raise QBenchError(
+            f"cannot import baseline {point.name!r} from {point.value}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def _from_file(name: str) -> tuple[Any, str]:

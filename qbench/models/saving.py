@@ -7,6 +7,7 @@ such a checkpoint; what was done is written to ``qbench.json`` beside the weight
 from __future__ import annotations
 
 import shutil
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,13 +20,20 @@ if TYPE_CHECKING:
 
 
 def check_target(folder: Path) -> None:
-    """Refuse a target that holds something already.
+    """Refuse a target that holds something already, or that cannot be made.
 
     Raises:
         QBenchError: naming the folder.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise QBenchError(f"{folder} exists and is not empty; --save never overwrites")
+    parent = folder.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    try:
+        tempfile.TemporaryFile(dir=parent).close()
+    except OSError as error:
+        raise QBenchError(f"cannot save to {folder} ({error.strerror} at {parent})") from error
 
 
 def save_checkpoint(
@@ -40,6 +48,8 @@ def save_checkpoint(
         QBenchError: if the folder is taken, or an online input transform is part of the model.
         RunFailed: if it cannot be written.
     """
+    from safetensors import SafetensorError
+
     check_target(folder)
     online = [layer.name for layer in record.layers if layer.extra.get("input_transform")]
     if online:
@@ -47,6 +57,7 @@ def save_checkpoint(
             f"{record.key.baseline.name} transforms the input of {online[0]} at run time, which an "
             "ordinary checkpoint cannot hold; nothing was saved"
         )
+    folder = folder.absolute()
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -58,6 +69,8 @@ def save_checkpoint(
         if folder.exists():
             folder.rmdir()
         partial.rename(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RunFailed(f"cannot save to {folder} ({reason}); nothing was left there") from error
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise RunFailed(f"cannot save to {folder}: {error.strerror or error}") from error

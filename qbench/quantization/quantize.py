@@ -34,6 +34,8 @@ from qbench.quantization.observers import Observer, Statistics
 from qbench.record import LayerReport
 from qbench.scheme import Scheme
 
+BATCH_TOKENS = 2048
+"""Calibration windows shorter than this run through a block together."""
 Progress = Callable[[int, int, str], None]
 """(blocks done, blocks in all, what is next)"""
 
@@ -127,7 +129,7 @@ class _Loop:
         use_eager_experts(self.model)
         windows = calibration if calibration is not None else trace_windows(self.model)
         self.baseline.prepare(self.model, self.generator("prepare"))
-        captured = capture(self.model, windows)
+        captured = capture(self.model, windows, max(1, BATCH_TOKENS // windows.shape[1]))
         hidden = captured.hidden
         blocks = find_blocks(self.model)
         for number, (name, module) in enumerate(blocks):

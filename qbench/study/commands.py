@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qbench.errors import QBenchError, RunFailed
-from qbench.models.checkpoints import find_checkpoint
+from qbench.models.checkpoints import check_device, check_dtype, find_checkpoint
 from qbench.progress import Reporter
 from qbench.record import QuantizationRecord, TaskRecord
 from qbench.registry import load_baseline
@@ -36,35 +36,45 @@ def run(chosen: Run, settings: Settings, results: Path) -> int:
     cell = Cell.of(
         load_baseline(chosen.baseline, parse_fields(chosen.fields)), Scheme.parse(chosen.scheme)
     )
-    if cell.not_applicable:
-        raise QBenchError(
-            f"{cell.baseline.spec.name} cannot do {cell.scheme}: {cell.not_applicable}"
-        )
     if chosen.save is not None:
         from qbench.models.saving import check_target
 
         check_target(chosen.save)
+    elif not settings.tasks:
+        raise QBenchError("--tasks names no task, and there is no --save: nothing is to be done")
+    check_dtype(settings.dtype)
+    check_device(settings.device)
     checkpoint = find_checkpoint(chosen.checkpoint, allow_pickle=chosen.allow_pickle)
     store = Store(results)
     store.check_writable()
     bench = Workbench(checkpoint, settings, store)
+    if reason := bench.why_not(cell):
+        raise QBenchError(f"{cell.baseline.spec.name} cannot do {cell.scheme}: {reason}")
     reporter = Reporter()
     reporter.line(f"{checkpoint.name} · {cell}")
     plan = bench.plan(cell)
     for spec in plan.stored:
         stored = store.find_task(checkpoint.name, plan.key, bench.task_key(plan.key, spec))
-        print(f"{describe(stored)}  (stored)" if stored else "")
+        if stored is not None:
+            _print_outcome(stored, "  (stored)")
     if plan.failed:
         raise RunFailed(f"this failed before: {plan.failed}; repeat it with --retry-failed")
-    failures = 0
+    failures = plan.failed_tasks
     for record in bench.run(cell, reporter, save=chosen.save):
         failures += record.status == "failed"
-        print(describe(record), file=sys.stderr if record.status == "failed" else sys.stdout)
+        _print_outcome(record)
+    if plan.failed_tasks:
+        reporter.line("a stored failure is repeated with --retry-failed")
     if chosen.save is not None:
         reporter.line(f"saved to {chosen.save}")
         if cell.scheme.quantizes_activations:
             reporter.line("note: a checkpoint holds weights; activation quantizers are not in it")
     return 1 if failures else 0
+
+
+def _print_outcome(record: QuantizationRecord | TaskRecord, suffix: str = "") -> None:
+    failed = record.status == "failed"
+    print(f"{describe(record)}{suffix}", file=sys.stderr if failed else sys.stdout)
 
 
 def sweep(
@@ -93,12 +103,14 @@ def run_sweep(
     """Plan every cell first, so that a mistake shows at once; then run what is left."""
     _hide_library_bars()
     settings, cells = asked.settings(retry_failed), asked.cells()
+    check_dtype(settings.dtype)
+    check_device(settings.device)
     store = Store(asked.results)
     if not dry_run:
         store.check_writable()
     benches = [
         Workbench(find_checkpoint(name, allow_pickle=allow_pickle), settings, store)
-        for name in asked.checkpoints
+        for name in dict.fromkeys(asked.checkpoints)
     ]
     plans = [(bench, bench.plan(cell)) for bench in benches for cell in cells]
     if dry_run:
@@ -106,11 +118,16 @@ def run_sweep(
 
         print("\n".join(plan_lines(plans)))
         return 0
-    failures = 0
+    failures, running = 0, benches[0]
     for number, (bench, plan) in enumerate(plans, 1):
+        if bench is not running:
+            running.release()
+            running = bench
+        failures += plan.failed_tasks
         head = f"[{number}/{len(plans)}] {bench.checkpoint.name} · {plan.cell}"
         if plan.is_done and not plan.not_applicable:
-            reporter.line(f"{head}: stored")
+            failed = plan.failed or (f"{plan.failed_tasks} tasks" if plan.failed_tasks else "")
+            reporter.line(f"{head}: stored" + (f", failed: {failed}" if failed else ""))
             failures += plan.failed is not None
             continue
         reporter.line(head)

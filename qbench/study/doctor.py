@@ -83,7 +83,8 @@ def _results(results: Path) -> Iterator[Finding]:
 
 
 def _data(data: Path | None) -> Iterator[Finding]:
-    from qbench.evaluation.tasks import pinned_tasks
+    from qbench.evaluation.corpora import CORPORA
+    from qbench.evaluation.definitions import pinned_tasks, read_definition
 
     offline = os.environ.get("HF_HUB_OFFLINE") == "1"
     if data is None:
@@ -96,7 +97,11 @@ def _data(data: Path | None) -> Iterator[Finding]:
     for kind in ("tasks", "corpora"):
         if not (data / kind).is_dir():
             yield Finding(kind, f"{data / kind} does not exist")
-    for task in pinned_tasks():
-        folder = data / "tasks" / task
-        files = sorted(p.name for p in folder.glob("*")) if folder.is_dir() else []
-        yield Finding(f"task {task}", ", ".join(files) or f"not in {folder}; it comes from the Hub")
+    places = {f"corpus {name}": kind.folder or name for name, kind in CORPORA.items()}
+    for task, path in pinned_tasks().items():
+        places[f"task {task}"] = read_definition(path)["metadata"].get("data", task)
+    elsewhere = "and HF_HUB_OFFLINE is set" if offline else "so it has to come from the Hub"
+    for what, folder in places.items():
+        found = [path for kind in ("tasks", "corpora") for path in (data / kind / folder).glob("*")]
+        names = ", ".join(sorted(path.name for path in found))
+        yield Finding(what, names or f"not in {data / 'tasks' / folder}, {elsewhere}")

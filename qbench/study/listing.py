@@ -63,7 +63,10 @@ def _corpora() -> Iterator[str]:
 def _runs(results: Path) -> Iterator[str]:
     from qbench.study.store import Store
 
-    for run in Store(results).runs():
+    runs = list(Store(results).runs())
+    if not runs:
+        raise QBenchError(f"no results under {results}; name another folder with --results")
+    for run in runs:
         record = run.quantization
         tasks = ", ".join(sorted(task.key.task for task in run.tasks)) or "no tasks"
         yield (

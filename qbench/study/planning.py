@@ -45,12 +45,14 @@ def _state(plan: CellPlan) -> tuple[str, str]:
 
 
 def _checkpoint_lines(bench: Workbench) -> Iterator[str]:
-    memory, disk = estimate(bench)
     checkpoint = bench.checkpoint
-    yield (
-        f"{checkpoint.name}: {checkpoint.parameters / 1e6:.2f} M parameters, "
-        f"fingerprint {checkpoint.fingerprint[:12]}"
-    )
+    mark = f"fingerprint {checkpoint.fingerprint[:12]}"
+    if checkpoint.pickled:
+        yield f"{checkpoint.name}: {mark}"
+        yield "  memory and disk unknown: sizes are read from safetensors headers alone"
+        return
+    yield f"{checkpoint.name}: {checkpoint.parameters / 1e6:.2f} M parameters, {mark}"
+    memory, disk = estimate(bench)
     yield f"  memory about {_size(memory)} at the peak; --save writes about {_size(disk)} per cell"
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from qbench.baseline import resolve_scheme, why_not
 from qbench.errors import QBenchError, RunFailed
+from qbench.evaluation.corpora import is_text_path
 from qbench.evaluation.tasks import EvaluationOptions, PreparedTask, TaskSpec
 from qbench.models.checkpoints import Checkpoint
 from qbench.progress import Reporter
@@ -83,6 +84,8 @@ class CellPlan:
     not_applicable: str | None = None
     failed: str | None = None
     """Error of a stored failure that will not be repeated."""
+    failed_tasks: int = 0
+    """How many stored measurements are failures that will not be repeated."""
     stored: list[TaskSpec] = field(default_factory=list)
     pending: list[TaskSpec] = field(default_factory=list)
     quantized: bool = False
@@ -101,6 +104,7 @@ class Workbench:
     def __init__(self, checkpoint: Checkpoint, settings: Settings, store: Store) -> None:
         self.checkpoint, self.settings, self.store = checkpoint, settings, store
         self._prepared: dict[tuple[TaskSpec, bool], PreparedTask] = {}
+        self._unloadable: QBenchError | None = None
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -109,17 +113,27 @@ class Workbench:
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        """The model in full precision, never changed."""
-        return self.checkpoint.load_model(self.settings.dtype, self.settings.device)
+        """The model in full precision, never changed; one that cannot be is tried once."""
+        if self._unloadable is not None:
+            raise self._unloadable
+        try:
+            return self.checkpoint.load_model(self.settings.dtype, self.settings.device)
+        except QBenchError as error:
+            self._unloadable = error
+            raise
+
+    def release(self) -> None:
+        """Let go of the model and the tokenized data: another checkpoint needs the memory."""
+        for name in ("model", "calibration"):
+            self.__dict__.pop(name, None)
+        self._prepared.clear()
 
     @cached_property
     def context(self) -> int | None:
         """The model's context in tokens, from its configuration alone."""
-        from transformers import AutoConfig
-
         from qbench.evaluation.evaluate import context_length
 
-        return context_length(AutoConfig.from_pretrained(self.checkpoint.folder))
+        return context_length(self.checkpoint.load_config())
 
     @cached_property
     def calibration(self) -> tuple[Tensor, CalibrationSpec]:
@@ -129,7 +143,15 @@ class Workbench:
         asked = self.settings.calibration
         if self.context and asked.seqlen > self.context:
             asked = asked.model_copy(update={"seqlen": self.context})
-        return calibration_windows(self.tokenizer, asked, self.settings.options.data_dir)
+        try:
+            windows, spec = calibration_windows(
+                self.tokenizer, asked, self.settings.options.data_dir
+            )
+        except QBenchError as error:
+            raise QBenchError(f"calibration: {error}") from error
+        if is_text_path(spec.source):  # the tokens' hash is in the key; where the file lies is not
+            spec = spec.model_copy(update={"source": Path(spec.source).name})
+        return windows, spec
 
     def prepared(self, spec: TaskSpec, one_row_at_a_time: bool = False) -> PreparedTask:
         """A task, loaded and tokenized once."""
@@ -141,10 +163,24 @@ class Workbench:
             self._prepared[known] = prepare_task(spec, self.tokenizer, self.context, options)
         return self._prepared[known]
 
+    def why_not(self, cell: Cell) -> str | None:
+        """One sentence why this checkpoint cannot be quantized so, or None."""
+        if cell.not_applicable or not cell.scheme.has_groups:
+            return cell.not_applicable
+        from qbench.grid import check_group_size
+
+        for name, length in self.checkpoint.row_lengths.items():
+            scheme = cell.scheme.for_linear(name)
+            try:
+                check_group_size(length, scheme.group_size if scheme.wbits < 16 else -1)
+            except QBenchError as error:
+                return f"{error} ({name})"
+        return None
+
     def key(self, cell: Cell) -> QuantizationKey:
         """What names the quantized model."""
         instance = cell.baseline.instance
-        reads_data = needs_calibration(instance, cell.scheme) and not cell.not_applicable
+        reads_data = needs_calibration(instance, cell.scheme) and not self.why_not(cell)
         spec = cell.baseline.spec
         if cell.scheme.is_identity:  # every method's W16A16 is the same model
             spec = spec.model_copy(update={"parameters": {}})
@@ -167,7 +203,7 @@ class Workbench:
         Raises:
             QBenchError: for a task whose data are missing, before anything is run.
         """
-        plan = CellPlan(cell, self.key(cell), not_applicable=cell.not_applicable)
+        plan = CellPlan(cell, self.key(cell), not_applicable=self.why_not(cell))
         if plan.not_applicable:
             return plan
         name = self.checkpoint.name
@@ -176,10 +212,19 @@ class Workbench:
             plan.failed = None if self.settings.retry_failed else record.error
         elif record is not None:
             plan.quantized = True
+        known = set()
         for spec in self.settings.tasks:
-            found = self.store.find_task(name, plan.key, self.task_key(plan.key, spec))
-            again = found is not None and found.status == "failed" and self.settings.retry_failed
-            (plan.stored if found is not None and not again else plan.pending).append(spec)
+            key = self.task_key(plan.key, spec)
+            if key in known:  # one measurement under two names
+                continue
+            known.add(key)
+            found = self.store.find_task(name, plan.key, key)
+            failed = found is not None and found.status == "failed"
+            if found is None or (failed and self.settings.retry_failed):
+                plan.pending.append(spec)
+            else:
+                plan.stored.append(spec)
+                plan.failed_tasks += failed
         return plan
 
     def run(
@@ -303,7 +348,8 @@ class Workbench:
 
 
 def _describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"[:2000]
+    kind = "" if isinstance(error, QBenchError) else f"{type(error).__name__}: "
+    return f"{kind}{error}"[:2000]
 
 
 def _now() -> str:

@@ -14,8 +14,9 @@ model, so only ``none`` runs there.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -26,8 +27,6 @@ from qbench.record import CalibrationSpec
 from qbench.registry import LoadedBaseline, load_baseline
 from qbench.scheme import WEIGHT_BITS, Scheme
 from qbench.study.runner import Cell, Settings
-
-T = TypeVar("T", bound=BaseModel)
 
 
 class _Strict(BaseModel):
@@ -48,7 +47,8 @@ class TaskEntry(_Strict):
     """A task with its options."""
 
     name: str
-    num_fewshot: int = 0
+    """As on the command line, so ``wikitext2@documents`` too."""
+    num_fewshot: int | None = None
     limit: int | None = None
     protocol: str | None = None
 
@@ -93,7 +93,7 @@ class Sweep(_Strict):
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise QBenchError(f"cannot read {path}: {error.strerror}") from error
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:  # bad UTF-8 and impossible dates, too
             raise QBenchError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
         if not isinstance(data, dict):
             raise QBenchError(f"{path} holds no mapping; see README, 'Sweep'")
@@ -103,16 +103,18 @@ class Sweep(_Strict):
         try:
             return cls(**data)
         except ValidationError as error:
-            raise QBenchError(f"{path}: {_first(error)}") from None
+            raise QBenchError(f"{path}: {_explain(error)}") from None
 
     def task_specs(self) -> tuple[TaskSpec, ...]:
         """The tasks, with the sweep's own limit and shots where a task does not say."""
         specs = []
         for entry in self.tasks:
-            if isinstance(entry, TaskEntry):
-                specs.append(TaskSpec(**entry.model_dump()))
-                continue
-            specs.append(task_spec(entry, self.num_fewshot, self.limit))
+            given = entry if isinstance(entry, TaskEntry) else TaskEntry(name=entry)
+            limit = given.limit if "limit" in given.model_fields_set else self.limit
+            spec = task_spec(given.name, self.num_fewshot, limit)
+            if given.num_fewshot is not None:
+                spec = replace(spec, num_fewshot=given.num_fewshot)
+            specs.append(replace(spec, protocol=given.protocol or spec.protocol))
         return tuple(specs)
 
     def cells(self) -> list[Cell]:
@@ -128,6 +130,11 @@ class Sweep(_Strict):
             for scheme in schemes:
                 cell = Cell.of(baseline, scheme)
                 cells.setdefault(f"{baseline.spec.digest()} {cell.scheme}", cell)
+        if not cells:
+            raise QBenchError(
+                "this sweep has no cell: a method at 16 bits is the model itself; "
+                "add the baseline none, or schemes below 16 bits"
+            )
         return list(cells.values())
 
     def settings(self, retry_failed: bool = False) -> Settings:
@@ -159,7 +166,23 @@ def task_spec(text: str, num_fewshot: int = 0, limit: int | None = None) -> Task
     return TaskSpec(spec.name, num_fewshot=shots, limit=limit, protocol=spec.protocol)
 
 
-def _first(error: ValidationError) -> str:
-    details: Any = error.errors()[0]
-    where = ".".join(str(part) for part in details["loc"])
-    return f"{where}: {details['msg']} (got {details.get('input')!r:.80})"
+def _explain(error: ValidationError) -> str:
+    """The first problem in one line; alternatives of a list entry are told apart by its form."""
+    problems: list[Any] = error.errors()
+    problem = next((p for p in problems if p["type"] != "string_type"), problems[0])
+    where = ".".join(str(part) for part in problem["loc"] if part not in _ENTRIES)
+    if problem["type"] == "extra_forbidden":
+        entry = next((kind for kind in _ENTRIES.values() if kind.__name__ in problem["loc"]), None)
+        fields = (entry or CalibrationEntry).model_fields
+        return str(unknown(f"field {where.rpartition('.')[0]}", where.rpartition(".")[2], fields))
+    if problem["type"] == "missing":
+        return f"{where} is missing"
+    return f"{where}: {problem['msg']} (got {problem.get('input')!r:.80})"
+
+
+_ENTRIES: dict[str, type[BaseModel]] = {
+    "str": BaseModel,
+    "BaselineEntry": BaselineEntry,
+    "TaskEntry": TaskEntry,
+}
+"""Names that pydantic puts into a place for the alternatives of a list entry."""
