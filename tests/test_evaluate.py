@@ -200,8 +200,8 @@ def test_one_row_at_a_time_gives_every_row_its_own_forward(model, tokenizer, mon
         return inner(*args, **kwargs)
 
     monkeypatch.setattr(model, "forward", forward)
-    prepared = prepare("arc_easy", tokenizer, one_row_at_a_time=True)
-    result = prepared.run(model)
+    prepared = prepare("arc_easy", tokenizer)
+    result = prepared.run(model, one_row_at_a_time=True)
     assert [height for height, _ in shapes] == [1] * len(prepared.rows)
     assert result.details["batching"] == "one row"
 

@@ -65,6 +65,7 @@ def evaluate(
     num_fewshot: int = 0,
     limit: int | None = None,
     progress: Progress | None = None,
+    one_row_at_a_time: bool = False,
     **options: Any,
 ) -> dict[str, TaskResult]:
     """Measure a model in memory.
@@ -76,6 +77,7 @@ def evaluate(
         num_fewshot: of tasks given as text that are not perplexities.
         limit: of tasks given as text.
         progress: called with tokens done and tokens in all of a task.
+        one_row_at_a_time: for models with dynamic per-tensor activation scales.
         **options: fields of :class:`~qbench.evaluation.tasks.EvaluationOptions`.
 
     Returns:
@@ -92,5 +94,5 @@ def evaluate(
         else:
             spec = task
         prepared = prepare_task(spec, tokenizer, context_length(model.config), chosen)
-        results[str(spec)] = prepared.run(model, progress)
+        results[str(spec)] = prepared.run(model, progress, one_row_at_a_time)
     return results

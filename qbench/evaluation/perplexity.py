@@ -94,14 +94,19 @@ class PerplexityTask(PreparedTask):
             "max_length": protocol.seqlen,
         }
 
-    def run(self, model: PreTrainedModel, progress: Progress | None = None) -> TaskResult:
+    def run(
+        self,
+        model: PreTrainedModel,
+        progress: Progress | None = None,
+        one_row_at_a_time: bool = False,
+    ) -> TaskResult:
         """Score every window of every part."""
         windows = [window for part in self.parts for window in part.windows]
         scores = score_rows(
             model,
             [window.row for window in windows],
             self.options.batch_tokens,
-            self.options.one_row_at_a_time,
+            one_row_at_a_time,
             progress,
         )
         items = {
@@ -127,7 +132,7 @@ class PerplexityTask(PreparedTask):
                 "n_tokens": int(items["n_tokens"].sum()),
                 "n_bytes": int(items["n_bytes"].sum()),
                 "sources": {part.corpus.name: part.corpus.source for part in self.parts},
-                "batching": "one row" if self.options.one_row_at_a_time else "by length",
+                "batching": "one row" if one_row_at_a_time else "by length",
             },
             items=items,
         )

@@ -124,8 +124,6 @@ class EvaluationOptions:
     """How a context and its continuation become tokens; a key of ``ENCODINGS``."""
     batch_tokens: int = 2048
     """Most tokens in a batch, padding included."""
-    one_row_at_a_time: bool = False
-    """For schemes whose activation scales depend on what else is in the batch."""
     seed: int = 1234
     """Draws the few-shot examples (lm-eval's own default)."""
 
@@ -161,8 +159,20 @@ class PreparedTask(ABC):
     """The fields of :class:`qbench.record.TaskKey` except quantization and dtype."""
 
     @abstractmethod
-    def run(self, model: PreTrainedModel, progress: Progress | None = None) -> TaskResult:
-        """Measure a model."""
+    def run(
+        self,
+        model: PreTrainedModel,
+        progress: Progress | None = None,
+        one_row_at_a_time: bool = False,
+    ) -> TaskResult:
+        """Measure a model.
+
+        Args:
+            model: on any device, in eval mode.
+            progress: called with tokens done and tokens in all.
+            one_row_at_a_time: for models whose activation scales depend on what else is in the
+                batch (:attr:`qbench.scheme.Scheme.depends_on_batch`).
+        """
 
 
 def known_tasks() -> dict[str, str]:

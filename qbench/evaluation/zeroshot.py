@@ -104,7 +104,12 @@ class ZeroShotTask(PreparedTask):
             self.counts["windowed"] += len(rows) > 1
             self.counts["spanning"] += pair.spanning
 
-    def run(self, model: PreTrainedModel, progress: Progress | None = None) -> TaskResult:
+    def run(
+        self,
+        model: PreTrainedModel,
+        progress: Progress | None = None,
+        one_row_at_a_time: bool = False,
+    ) -> TaskResult:
         """Score every option, then let lm-eval say what is right."""
         options = self.options
         lm = QBenchLM(
@@ -113,13 +118,13 @@ class ZeroShotTask(PreparedTask):
             self.max_length,
             options.encoding,
             options.batch_tokens,
-            options.one_row_at_a_time,
+            one_row_at_a_time,
             progress,
         )
         details = {
             **self.counts,
             "sources": self.sources,
-            "batching": "one row" if options.one_row_at_a_time else "by length",
+            "batching": "one row" if one_row_at_a_time else "by length",
         }
         if self.task.OUTPUT_TYPE not in _SCORED:
             return TaskResult(self._generated(lm), len(self.questions), details)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
@@ -103,7 +103,7 @@ class Workbench:
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings, store: Store) -> None:
         self.checkpoint, self.settings, self.store = checkpoint, settings, store
-        self._prepared: dict[tuple[TaskSpec, bool], PreparedTask] = {}
+        self._prepared: dict[TaskSpec, PreparedTask] = {}
         self._unloadable: QBenchError | None = None
 
     @cached_property
@@ -153,15 +153,14 @@ class Workbench:
             spec = spec.model_copy(update={"source": Path(spec.source).name})
         return windows, spec
 
-    def prepared(self, spec: TaskSpec, one_row_at_a_time: bool = False) -> PreparedTask:
+    def prepared(self, spec: TaskSpec) -> PreparedTask:
         """A task, loaded and tokenized once."""
         from qbench.evaluation.evaluate import prepare_task
 
-        known = (spec, one_row_at_a_time)
-        if known not in self._prepared:
-            options = replace(self.settings.options, one_row_at_a_time=one_row_at_a_time)
-            self._prepared[known] = prepare_task(spec, self.tokenizer, self.context, options)
-        return self._prepared[known]
+        if spec not in self._prepared:
+            options = self.settings.options
+            self._prepared[spec] = prepare_task(spec, self.tokenizer, self.context, options)
+        return self._prepared[spec]
 
     def why_not(self, cell: Cell) -> str | None:
         """One sentence why this checkpoint cannot be quantized so, or None."""
@@ -320,7 +319,7 @@ class Workbench:
         self, plan: CellPlan, spec: TaskSpec, model: PreTrainedModel, reporter: Reporter
     ) -> TaskRecord:
         """Run one task and store it; a failure is stored too."""
-        task = self.prepared(spec, plan.cell.scheme.depends_on_batch)
+        task = self.prepared(spec)
         key = self.task_key(plan.key, spec)
         started = time.perf_counter()
         record, items = TaskRecord(key=key), None
@@ -329,7 +328,7 @@ class Workbench:
             reporter.step(f"{key.task} of {plan.cell}") as progress,
         ):
             try:
-                result = task.run(model, progress)
+                result = task.run(model, progress, plan.cell.scheme.depends_on_batch)
             except Exception as error:
                 record.status, record.error = "failed", _describe(error)
             else:
