@@ -136,7 +136,8 @@ class Checkpoint:
         from transformers import AutoTokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+            with _quiet():
+                return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
         except Exception as error:  # transformers raises many kinds for a broken tokenizer
             raise QBenchError(
                 f"{self.name} has no tokenizer that can be read ({_first_line(error)}); "
@@ -159,7 +160,7 @@ class Checkpoint:
         check_device(device)
         try:
             with _quiet():
-                model, info = AutoModelForCausalLM.from_pretrained(
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
                     self.folder,
                     dtype=getattr(torch, dtype),
                     use_safetensors=not self.pickled,
@@ -174,6 +175,7 @@ class Checkpoint:
             ) from error
         except Exception as error:  # a corrupt file surfaces as many kinds
             raise QBenchError(f"cannot load {self.name}: {_first_line(error)}") from error
+        model, info = loaded
         self._check_loaded(model, info)
         model = model.to(torch.device(device)).eval().requires_grad_(False)
         self._check_causal(model)

@@ -162,6 +162,8 @@ def describe(record: QuantizationRecord | TaskRecord) -> str:
             return f"not applicable: {record.error}"
         if record.status == "failed":
             return f"quantization failed: {record.error}"
+        if not record.layers:
+            return f"weights left at 16 bits{seconds}"
         fallback = f", {record.fallbacks} layers rounded to nearest" if record.fallbacks else ""
         bits = f"{record.effective_bits:.2f} bits per weight" if record.effective_bits else ""
         return f"quantized {len(record.layers)} matrices, {bits}{fallback}{seconds}"

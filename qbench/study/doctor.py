@@ -21,9 +21,12 @@ class Finding:
     what: str
     found: str
     is_problem: bool = False
+    is_absent: bool = False
+    """Not here, which matters only to those who want it."""
 
     def __str__(self) -> str:
-        return f"{'PROBLEM' if self.is_problem else 'ok':8} {self.what}: {self.found}"
+        state = "PROBLEM" if self.is_problem else "absent" if self.is_absent else "ok"
+        return f"{state:8} {self.what}: {self.found}"
 
 
 def examine(data: Path | None, results: Path) -> list[Finding]:
@@ -96,7 +99,7 @@ def _data(data: Path | None) -> Iterator[Finding]:
         return
     for kind in ("tasks", "corpora"):
         if not (data / kind).is_dir():
-            yield Finding(kind, f"{data / kind} does not exist")
+            yield Finding(kind, f"{data / kind} does not exist", is_absent=True)
     places = {f"corpus {name}": kind.folder or name for name, kind in CORPORA.items()}
     for task, path in pinned_tasks().items():
         places[f"task {task}"] = read_definition(path)["metadata"].get("data", task)
@@ -104,4 +107,5 @@ def _data(data: Path | None) -> Iterator[Finding]:
     for what, folder in places.items():
         found = [path for kind in ("tasks", "corpora") for path in (data / kind / folder).glob("*")]
         names = ", ".join(sorted(path.name for path in found))
-        yield Finding(what, names or f"not in {data / 'tasks' / folder}, {elsewhere}")
+        absent = f"not in {data / 'tasks' / folder}, {elsewhere}"
+        yield Finding(what, names or absent, is_absent=not names)
