@@ -21,6 +21,7 @@ from torch import Generator, Tensor
 
 from qbench import (
     Baseline,
+    QBenchError,
     QuantizedWeight,
     Scheme,
     Statistics,
@@ -70,7 +71,10 @@ class GPTQ(Baseline):
 
         Raises:
             CannotQuantize: if the hessian cannot be factorized with any damping.
+            QBenchError: for a group size that does not divide, or an impossible block size.
         """
+        if self.block_size < 1:
+            raise QBenchError(f"GPTQ block_size {self.block_size} is impossible; use at least 1")
         check_group_size(weight.shape[1], scheme.group_size)
         dead, order, upper, damping = stats.cached(
             f"gptq:{self.percdamp}:{self.act_order}", lambda: self._factorize(stats.hessian)

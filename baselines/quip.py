@@ -110,7 +110,8 @@ class QuIP(Baseline):
             scale=found.scale,
             zero_point=found.zero_point,
             # what undoes the basis: the rescaling vector; rotations come back from their seed
-            stored_bits=found.weight.numel() * _code_bits(scheme) + 16.0 * (1 + scale.numel()),
+            stored_bits=weight.numel() * _code_bits(scheme)
+            + 16.0 * (rows_of(weight, scheme).shape[0] + self.rescale * scale.numel()),
             report=found.report,
         )
 

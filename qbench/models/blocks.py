@@ -116,12 +116,16 @@ class _Recorder:
             linear = self.by_module[module]
             self.product(linear, args[0], linear.transposed)
 
-    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def after(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
         self.stack.pop()
         weight: Any = getattr(module, "weight", None)
         is_vector = isinstance(weight, nn.Parameter) and weight.ndim == 1
-        if is_vector and isinstance(output, Tensor) and output.shape[-1:] == weight.shape:
-            self.norms[self.names[module]] = (module, args[0], output)
+        alone = len(args) == 1 and not kwargs  # a gated norm reads more than its input
+        if alone and is_vector and isinstance(output, Tensor):
+            if output.shape[-1:] == weight.shape:
+                self.norms[self.names[module]] = (module, args[0], output)
 
 
 class _TraceMode(ProductMode):
@@ -154,7 +158,9 @@ def _recording(
     for module in block.modules():
         if module is not block:
             handles.append(module.register_forward_pre_hook(recorder.before))
-            handles.append(module.register_forward_hook(recorder.after, always_call=True))
+            handles.append(
+                module.register_forward_hook(recorder.after, with_kwargs=True, always_call=True)
+            )
     try:
         with _TraceMode(loose, recorder):
             yield recorder
@@ -181,7 +187,9 @@ def trace_block(name: str, module: nn.Module, runner: BlockRunner, hidden: Tenso
             if linear.name in block.linears and f"{inside}.".startswith(prefix)
         ]
     readers = [(linear, x) for linear, x, _ in seen.products]
-    block.folds = find_folds(seen.norms, readers, loose, lambda: runner(hidden, 0), reference)
+    reached = {linear.name for linear, x in readers if x.numel()}
+    unseen = [linear for linear in (*owned, *loose) if linear.name not in reached]
+    block.folds = find_folds(seen.norms, readers, unseen, lambda: runner(hidden, 0), reference)
     return block
 
 
@@ -233,11 +241,17 @@ def _sort_matrices(
 
 
 def _group_by_input(block: Block, seen: _Recorder) -> None:
-    """Linears that read one tensor form a group; one that was not reached stands alone."""
-    groups: dict[tuple[int, int, int], list[str]] = {}
+    """Linears that read one tensor form a group.
+
+    One that was not reached, met no token or read several tensors stands alone.
+    """
+    reads: dict[str, set[tuple[int, int, int]]] = {}
     for linear, x, _ in seen.products:
         if linear.name in block.linears:
-            groups.setdefault((x.data_ptr(), x.numel(), x.shape[-1]), []).append(linear.name)
-    block.input_groups = [list(dict.fromkeys(names)) for names in groups.values()]
-    reached = {name for names in block.input_groups for name in names}
-    block.input_groups += [[name] for name in block.linears if name not in reached]
+            reads.setdefault(linear.name, set()).add((x.data_ptr(), x.numel(), x.shape[-1]))
+    groups: dict[object, list[str]] = {}
+    for name in [*reads, *(name for name in block.linears if name not in reads)]:
+        keys = reads.get(name, set())
+        shared = len(keys) == 1 and all(numel for _, numel, _ in keys)
+        groups.setdefault(next(iter(keys)) if shared else name, []).append(name)
+    block.input_groups = list(groups.values())

@@ -11,7 +11,7 @@ and value projections instead, as SmoothQuant's code does.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from qbench.errors import QBenchError
 from qbench.grid import Affine, get_grid
 from qbench.models.blocks import Block
-from qbench.models.linear import Handle, Linear, attach
+from qbench.models.linear import Linear, attach
 from qbench.quantization.observers import Observer
 from qbench.scheme import Scheme
 
@@ -111,10 +111,13 @@ class _RoundKeysAndValues(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        kwargs = dict(kwargs or {})
         if func is F.scaled_dot_product_attention:
-            query, key, value, *rest = args
-            args = (query, self.quantizer(key), self.quantizer(value), *rest)
-        return func(*args, **(kwargs or {}))
+            named = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+            kwargs = named | {k: self.quantizer(named[k]) for k in ("key", "value")}
+            args = args[3:]
+            return func(*(kwargs.pop(k) for k in ("query", "key", "value")), *args, **kwargs)
+        return func(*args, **kwargs)
 
 
 class _AttentionHook:
@@ -133,40 +136,51 @@ class _AttentionHook:
         self.modes.pop().__exit__(None, None, None)
 
 
-def quantize_activations(block: Block, scheme: Scheme, ranges: dict[str, Tensor]) -> list[Handle]:
-    """Attach the activation quantizers of one block; nothing else is changed.
-
-    Args:
-        block: traced.
-        scheme: resolved, of the whole model (overrides are looked up per linear).
-        ranges: for static scales, the observed (min, max) per linear name.
+def check_activations(block: Block, scheme: Scheme) -> None:
+    """Refuse what a traced block cannot do, before anything is changed.
 
     Raises:
         QBenchError: KV bits in an architecture whose attention product is not torch's SDPA.
     """
-    quantizers = {}
+    if scheme.kvbits < 16 and (block.attention is None or not block.uses_sdpa):
+        raise QBenchError(
+            f"KV{scheme.kvbits}: the attention of {block.name} does not go through "
+            "torch's scaled_dot_product_attention, where keys and values are rounded; "
+            "use kvbits 16 for this architecture"
+        )
+
+
+def quantize_activations(block: Block, scheme: Scheme, ranges: dict[str, Tensor]) -> list[str]:
+    """Attach the activation quantizers of one block; nothing else is changed.
+
+    Args:
+        block: traced and checked.
+        scheme: resolved, of the whole model (overrides are looked up per linear).
+        ranges: for static scales, the observed (min, max) per linear name. One that is missing
+            (an expert that no calibration token reached) leaves scales per token.
+
+    Returns:
+        Notes for the record.
+    """
+    quantizers, notes = {}, []
     for name in block.linears:
         own = scheme.for_linear(f"{block.name}.{name}")
+        if own.needs_static_scales and name not in ranges:
+            own = replace(own, static=False, a_granularity="token")
+            notes.append(f"{block.name}.{name}: no calibration token reached it, scales per token")
         if own.abits < 16:
             quantizers[name] = ActivationQuantizer.of(own, ranges.get(name))
-    handles: list[Handle] = []
     if quantizers:
-        handles += attach([block.linears[name] for name in quantizers], _InputHook(quantizers))
+        attach([block.linears[name] for name in quantizers], _InputHook(quantizers))
     if scheme.bmm:
         dynamic = ActivationQuantizer(
             scheme.abits, scheme.agrid, "tensor" if scheme.static else scheme.a_granularity
         )
         for name in block.attention_inputs:
             hook = _OutputHook(dynamic)
-            handles.append(block.linears[name].module.register_forward_hook(hook))
-    if scheme.kvbits < 16:
-        if block.attention is None or not block.uses_sdpa:
-            raise QBenchError(
-                f"KV{scheme.kvbits}: the attention of {block.name} does not go through "
-                "torch's scaled_dot_product_attention, where keys and values are rounded; "
-                "use kvbits 16 for this architecture"
-            )
+            block.linears[name].module.register_forward_hook(hook)
+    if scheme.kvbits < 16 and block.attention is not None:
         pair = _AttentionHook(ActivationQuantizer(scheme.kvbits, scheme.agrid, "token"))
-        handles.append(block.attention.register_forward_pre_hook(pair.before))
-        handles.append(block.attention.register_forward_hook(pair.after, always_call=True))
-    return handles
+        block.attention.register_forward_pre_hook(pair.before)
+        block.attention.register_forward_hook(pair.after, always_call=True)
+    return notes

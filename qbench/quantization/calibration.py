@@ -39,9 +39,9 @@ class _Pool:
                     return known
             self.kept.append(value)
             return value
-        if isinstance(value, (tuple, list)):
+        if type(value) in (tuple, list):  # a named tuple or a cache is handed on as it is
             return type(value)(self.share(v) for v in value)
-        if isinstance(value, dict):
+        if type(value) is dict:
             return {k: self.share(v) for k, v in value.items()}
         return value
 
@@ -54,6 +54,12 @@ class Captured:
     """What enters the first block, (sequences, tokens, hidden) per batch."""
     calls: dict[str, list[Call]] = field(default_factory=dict)
     """Per block name and batch, every other argument."""
+    last: Tensor | None = None
+    """What the block that ran last gave, while capturing."""
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook: remember the output."""
+        self.last = first_tensor(output)
 
     def runner(self, name: str, module: nn.Module) -> Callable[[Tensor, int], Tensor]:
         """A function (hidden states, batch index) -> hidden states that replays one block."""
@@ -69,7 +75,8 @@ def capture(model: nn.Module, windows: Tensor, batch_size: int = 1) -> Captured:
     """Run the model on token windows (nsamples, seqlen) and keep what its blocks are called with.
 
     Raises:
-        QBenchError: if a block is called without hidden states, or more than once per pass.
+        QBenchError: if a block is called without hidden states, or more than once per pass, or if
+            the model does something to the hidden states between two blocks.
     """
     captured, pool = Captured(), _Pool()
     blocks = find_blocks(model)
@@ -78,6 +85,7 @@ def capture(model: nn.Module, windows: Tensor, batch_size: int = 1) -> Captured:
         captured.calls[name] = []
         hook = _capture_hook(captured, pool, name, first=number == 0)
         handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
+        handles.append(block.register_forward_hook(captured.leave))
     device = next(model.parameters()).device
     try:
         for batch in windows.split(batch_size):
@@ -86,6 +94,7 @@ def capture(model: nn.Module, windows: Tensor, batch_size: int = 1) -> Captured:
         for handle in handles:
             handle.remove()
     batches = len(captured.hidden)
+    captured.last = None
     for name, calls in captured.calls.items():
         if len(calls) != batches:
             raise QBenchError(
@@ -103,9 +112,18 @@ def _capture_hook(captured: Captured, pool: _Pool, name: str, first: bool) -> Ca
             raise QBenchError(f"{name} is not called with hidden states as its first argument")
         if first:
             captured.hidden.append(hidden)
+        elif captured.last is not hidden and not _equal(captured.last, hidden):
+            raise QBenchError(
+                f"something changes the hidden states before they enter {name}; qbench replays "
+                "blocks one after another and needs each to read what the one before it gave"
+            )
         captured.calls[name].append((pool.share(args[1:]), pool.share(rest)))
 
     return hook
+
+
+def _equal(one: Tensor | None, other: Tensor) -> bool:
+    return one is not None and one.shape == other.shape and torch.equal(one.to(other), other)
 
 
 @contextmanager

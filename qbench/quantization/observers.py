@@ -126,9 +126,13 @@ class Statistics:
         self.n_tokens = 0
         self.n_sequences = 0
 
-    def update(self, x: Tensor) -> None:
-        """Show inputs (sequences, tokens, in_features), or one sequence (tokens, in_features)."""
-        n_sequences = x.shape[0] if x.ndim == 3 else 1
+    def update(self, x: Tensor, n_sequences: int | None = None) -> None:
+        """Show inputs (sequences, tokens, in_features), or one sequence (tokens, in_features).
+
+        ``n_sequences`` is for inputs that lost the count: some blocks flatten (sequences, tokens).
+        """
+        if n_sequences is None:
+            n_sequences = x.shape[0] if x.ndim == 3 else 1
         flat = x.detach().reshape(-1, x.shape[-1]).float()
         if not flat.shape[0]:
             return

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from qbench.baseline import Baseline, TransformContext, resolve_scheme, why_not
 from qbench.errors import QBenchError, RunFailed
-from qbench.grid import QuantizedWeight, round_to_nearest, stored_bits
+from qbench.grid import QuantizedWeight, check_group_size, round_to_nearest, stored_bits
 from qbench.models.blocks import Block, find_blocks, trace_block
 from qbench.models.linear import Linear, attach
-from qbench.quantization.activations import Range, quantize_activations
+from qbench.quantization.activations import Range, check_activations, quantize_activations
 from qbench.quantization.calibration import capture, observing
 from qbench.quantization.factorize import CannotQuantize
 from qbench.quantization.observers import Observer, Statistics
@@ -136,6 +136,7 @@ class _Loop:
             if progress:
                 progress(number, len(blocks), name)
             block = trace_block(name, module, captured.runner(name, module), hidden[0])
+            check_block(block, self.scheme)
             self.result.skipped |= {f"{name}.{n}": why for n, why in block.skipped.items()}
             hidden = self.quantize_block(block, hidden, replay=calibration is not None)
         if progress:
@@ -149,6 +150,7 @@ class _Loop:
     def quantize_block(self, block: Block, hidden: list[Tensor], replay: bool) -> list[Tensor]:
         """Quantize one block in place; returns what enters the next one."""
         outputs: list[Tensor] | None = None
+        notes: dict[str, dict[str, Any]] = {}
         full_precision = self.baseline.calibrate_on == "full_precision"
         if type(self.baseline).transform is not Baseline.transform:
             wanted = self.baseline.transform_statistics
@@ -156,15 +158,19 @@ class _Loop:
             generator = self.generator(f"{block.name}.transform")
             context = TransformContext(block, self.scheme, stats, hidden, outputs, generator)
             self.baseline.transform(block, context)
+            notes = context.report
         elif full_precision and replay:
             outputs = [block.run(h, i) for i, h in enumerate(hidden)]
 
         ranges: dict[str, Tensor] = {}
-        for stage in self.baseline.stages(block):
+        first = len(self.result.layers)
+        for stage in checked_stages(self.baseline, block):
             self.quantize_stage(block, stage, hidden, ranges)
+        for layer in self.result.layers[first:]:
+            layer.extra |= notes.get(layer.name.removeprefix(f"{block.name}."), {})
         if not full_precision and replay:
             outputs = [block.run(h, i) for i, h in enumerate(hidden)]
-        quantize_activations(block, self.scheme, ranges)
+        self.result.notes += quantize_activations(block, self.scheme, ranges)
         # without data only the trace reads these, and any hidden states will do
         return outputs if outputs is not None else hidden
 
@@ -211,6 +217,11 @@ class _Loop:
         report = dict(quantized.report or {})
         damping = report.pop("damping", None)
         rotated = quantized.input_transform is not None
+        if rotated and scheme.needs_static_scales:
+            raise QBenchError(
+                f"{type(self.baseline).__name__} transforms inputs at run time, where scales fixed "
+                "before it mean nothing; drop static from the scheme"
+            )
         report |= {"input_transform": True} if rotated else {}
         delta = None if rotated else weight - quantized.weight.float()
         self.result.layers.append(
@@ -246,6 +257,35 @@ class _Loop:
         return quantized, None
 
 
+def checked_stages(baseline: Baseline, block: Block) -> list[list[str]]:
+    """The baseline's stages, with every linear in exactly one of them."""
+    stages = baseline.stages(block)
+    named = [name for stage in stages for name in stage]
+    if sorted(named) != sorted(block.linears):
+        odd = sorted(set(named) ^ set(block.linears)) or [n for n in named if named.count(n) > 1]
+        raise QBenchError(
+            f"{type(baseline).__name__}.stages() must name every linear of a block once; "
+            f"wrong for {', '.join(odd)} in {block.name}"
+        )
+    return stages
+
+
+def check_block(block: Block, scheme: Scheme) -> None:
+    """Refuse what a block cannot do before it is changed.
+
+    Raises:
+        QBenchError: a group size that does not divide a row, or KV bits it has no place for.
+    """
+    check_activations(block, scheme)
+    for name, linear in block.linears.items():
+        own = scheme.for_linear(f"{block.name}.{name}")
+        if own.wbits < 16:
+            try:
+                check_group_size(linear.shape[1], own.group_size)
+            except QBenchError as error:
+                raise QBenchError(f"{block.name}.{name}: {error}") from None
+
+
 @dataclass
 class _InputTransform:
     """Hook that hands a linear's input to the method's own transform first."""
@@ -276,10 +316,14 @@ def collect(
             shared = Statistics(wanted)
             leaders[members[0]] = shared
             stats |= dict.fromkeys(members, shared)
-    with observing(
-        [block.linears[name] for name in leaders], lambda linear, x: leaders[linear.name].update(x)
-    ):
-        outputs = [block.run(h, i) for i, h in enumerate(hidden)]
+    outputs: list[Tensor] = []
+
+    def see(linear: Linear, x: Tensor) -> None:
+        leaders[linear.name].update(x, n_sequences=len(hidden[len(outputs)]))
+
+    with observing([block.linears[name] for name in leaders], see):
+        for index, entering in enumerate(hidden):
+            outputs.append(block.run(entering, index))
     return stats, outputs
 
 
