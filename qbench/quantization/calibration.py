@@ -88,18 +88,19 @@ def capture(model: nn.Module, windows: Tensor, batch_size: int = 1) -> Captured:
         handles.append(block.register_forward_hook(captured.leave))
     device = next(model.parameters()).device
     try:
-        for batch in windows.split(batch_size):
+        batches = windows.split(batch_size)
+        for batch in batches:
+            captured.last = None
             model(input_ids=batch.to(device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    batches = len(captured.hidden)
     captured.last = None
     for name, calls in captured.calls.items():
-        if len(calls) != batches:
+        if len(calls) != len(batches):
             raise QBenchError(
-                f"{name} was called {len(calls)} times for {batches} batches; qbench needs blocks "
-                "that each run once per forward pass"
+                f"{name} was called {len(calls)} times for {len(batches)} batches; qbench needs "
+                "blocks that each run once per forward pass"
             )
     return captured
 
@@ -112,7 +113,7 @@ def _capture_hook(captured: Captured, pool: _Pool, name: str, first: bool) -> Ca
             raise QBenchError(f"{name} is not called with hidden states as its first argument")
         if first:
             captured.hidden.append(hidden)
-        elif captured.last is not hidden and not _equal(captured.last, hidden):
+        elif captured.last is not None and not _equal(captured.last, hidden):
             raise QBenchError(
                 f"something changes the hidden states before they enter {name}; qbench replays "
                 "blocks one after another and needs each to read what the one before it gave"
@@ -122,8 +123,8 @@ def _capture_hook(captured: Captured, pool: _Pool, name: str, first: bool) -> Ca
     return hook
 
 
-def _equal(one: Tensor | None, other: Tensor) -> bool:
-    return one is not None and one.shape == other.shape and torch.equal(one.to(other), other)
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one is other or (one.shape == other.shape and torch.equal(one.to(other), other))
 
 
 @contextmanager
