@@ -78,7 +78,7 @@ def test_half_precision_inputs_are_accumulated_in_float32(sequences):
     """A running sum in float16 would stop at 2048, where adding one changes nothing."""
     ones = torch.ones(1, 4099, 1, dtype=torch.float16)
     assert seen([ones]).hessian.item() == pytest.approx(2 * 4099)
-    assert seen([ones * 300]).hessian.item() == pytest.approx(2 * 4099 * 90000, rel=1e-5)
+    assert seen([ones * 300]).hessian.item() == pytest.approx(2 * 4099 * 90000, rel=1e-4)
     assert seen([sequences.bfloat16()]).absmax.dtype == torch.float32
 
 

@@ -208,7 +208,7 @@ class _Loop:
                 )
             )
             return
-        quantized, fallback = self.round_weight(full_name, weight.clone(), scheme, stats)
+        quantized, fallback = self.round_weight(full_name, weight, scheme, stats)
         if not torch.isfinite(quantized.weight).all():
             raise RunFailed(
                 f"{type(self.baseline).__name__} gave non-finite weights in {full_name} "
@@ -249,7 +249,8 @@ class _Loop:
         try:
             if self.baseline.weight_statistics and not stats.n_tokens:
                 raise CannotQuantize("no calibration token reached it")
-            quantized = self.baseline.quantize_weight(weight, scheme, stats, self.generator(name))
+            generator = self.generator(name)
+            quantized = self.baseline.quantize_weight(weight.clone(), scheme, stats, generator)
         except CannotQuantize as reason:
             return round_to_nearest(weight, scheme), str(reason)
         if isinstance(quantized, Tensor):
