@@ -24,6 +24,7 @@ from torch import Generator, Tensor
 
 from qbench import (
     Baseline,
+    CannotQuantize,
     QBenchError,
     QuantizedWeight,
     Scheme,
@@ -93,7 +94,10 @@ class QuIP(Baseline):
         self, weight: Tensor, hessian: Tensor, scheme: Scheme, left: Orthogonal, right: Orthogonal
     ) -> QuantizedWeight:
         """Algorithm 1, rounding, Algorithm 2, with U = ``left`` and V = ``right``."""
-        hessian, scale = hessian / hessian.abs().max(), torch.ones_like(hessian[0])
+        peak = hessian.abs().max()
+        if not (torch.isfinite(peak) and peak > 0):
+            raise CannotQuantize("the hessian is zero or not finite")
+        hessian, scale = hessian / peak, torch.ones_like(hessian[0])
         if self.rescale:
             mass = weight.square().sum(0).clamp(min=1e-8)
             scale = (hessian.diagonal().clamp(min=1e-8) / mass).pow(0.25)
