@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,13 +24,20 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run the chosen command."""
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning  # type: ignore[assignment]
+                return super().invoke(ctx)
         except QBenchError as error:
             print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt:  # caught here, because typer would say nothing
             print("interrupted; what was finished is stored, run the same again", file=sys.stderr)
             raise typer.Exit(130) from None
+
+
+def _show_warning(message: Warning | str, *place: Any) -> None:
+    """One line, without the place in the code that Python would show."""
+    print(f"warning: {message}", file=sys.stderr)
 
 
 app = typer.Typer(
@@ -90,8 +98,12 @@ def run(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     results: Results = DEFAULT_RESULTS,
     save: Annotated[Path | None, typer.Option(help="Write the quantized model.")] = None,
-    retry_failed: Annotated[bool, typer.Option(help="Repeat stored failures.")] = False,
-    allow_pickle: Annotated[bool, typer.Option(help="Read .bin weights (tensors only).")] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Repeat stored failures.")
+    ] = False,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read .bin weights (tensors only).")
+    ] = False,
 ) -> None:
     """Quantize one checkpoint with one baseline and measure it."""
     from qbench.evaluation.tasks import EvaluationOptions
@@ -119,10 +131,14 @@ def run(
 def sweep(
     file: Annotated[Path, typer.Argument(help="YAML; see the README.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan only.")] = False,
-    retry_failed: Annotated[bool, typer.Option(help="Repeat stored failures.")] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Repeat stored failures.")
+    ] = False,
     data: Data = None,
     results: Annotated[Path | None, typer.Option(help="Overrides the file's.")] = None,
-    allow_pickle: Annotated[bool, typer.Option(help="Read .bin weights (tensors only).")] = False,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read .bin weights (tensors only).")
+    ] = False,
 ) -> None:
     """Run every cell of a sweep file that is not stored yet."""
     from qbench.study import commands

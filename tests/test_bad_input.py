@@ -196,6 +196,17 @@ def test_a_damaged_record_is_named_and_never_overwritten(command, tmp_path):
     assert len(records(tmp_path / "runs")) == 2
 
 
+def test_reading_names_a_damaged_record_in_one_line_and_shows_the_others(command, tmp_path):
+    qbench(*command)
+    qbench(*command, "--scheme", "W16A8")
+    path = next((tmp_path / "runs").rglob("W16A8*/*/quantization.json"))
+    path.write_text("{")
+    result = qbench("table", "--results", tmp_path / "runs")
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"warning: left out: {path} is damaged")
+    assert "full precision" in result.stdout
+
+
 def test_a_group_size_that_only_the_loop_can_judge_stores_nothing(command, tmp_path, monkeypatch):
     """Experts in one tensor are no linears: their rows are seen when they are quantized."""
     monkeypatch.setattr(runner.Checkpoint, "row_lengths", {})

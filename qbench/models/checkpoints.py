@@ -203,8 +203,11 @@ class Checkpoint:
 
         last = model.get_input_embeddings().num_embeddings - 1  # type: ignore[operator]
         ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=model.device).clamp(max=last)
-        with torch.no_grad():
-            ahead, other = model(input_ids=ids).logits[:, :-1].float()
+        try:
+            with torch.no_grad():
+                ahead, other = model(input_ids=ids).logits[:, :-1].float()
+        except Exception as error:  # whatever a model raises that does not fit its own weights
+            raise QBenchError(f"{self.name} does not run: {_first_line(error)}") from error
         tolerance = 1e-4 if model.dtype == torch.float32 else 2e-2
         if (ahead - other).abs().max() > tolerance * ahead.abs().max():
             raise QBenchError(

@@ -112,6 +112,7 @@ def run_sweep(
         Workbench(find_checkpoint(name, allow_pickle=allow_pickle), settings, store)
         for name in dict.fromkeys(asked.checkpoints)
     ]
+    reporter.line(f"{len(benches)} checkpoints x {len(cells)} cells · looking up what is stored")
     plans = [(bench, bench.plan(cell)) for bench in benches for cell in cells]
     if dry_run:
         from qbench.study.planning import plan_lines
