@@ -418,6 +418,8 @@ class Forgetful(Baseline):
         ("rtn", "W1A16:grid=full", None, "grid 'full' has no 1-bit codes"),
         (Forgetful(), "W4A16", None, "wrong for not_there, self_attn.q_proj in model.layers.0"),
         ("nothing", "W4A16", None, "unknown baseline 'nothing'"),
+        ("gptq", "W4A16", WINDOWS[0], "calibration of shape (24,) cannot be used"),
+        ("gptq", "W4A16", WINDOWS[:0], "calibration of shape (0, 24) cannot be used"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_changed(baseline, scheme, calibration, said):
@@ -427,6 +429,25 @@ def test_what_cannot_be_is_refused_before_anything_is_changed(baseline, scheme, 
         quantize_model(model, baseline, scheme, calibration)
     assert said in str(error.value)
     assert same(weights(model), before)
+
+
+def test_a_model_in_training_mode_is_refused():
+    """Dropout would draw from the global generator and spoil every statistic."""
+    with pytest.raises(QBenchError, match="training mode.*call .eval()"):
+        quantize_model(tiny_model("gpt2").train(), "rtn", "W4A16")
+
+
+def test_an_override_that_matches_nothing_is_noted():
+    result = quantize_model(tiny_model(), "rtn", "W4A16;*.donw_proj=W8A16;*.up_proj=W8A16")
+    assert result.notes == ["override '*.donw_proj' matches no linear"]
+
+
+def test_bmm_is_refused_where_no_attention_is_seen():
+    model = odd_model()
+    for block in model.decoder:
+        block.forward = lambda stream, *args, b=block, **kwargs: (stream + b.out(stream), None)
+    with pytest.raises(QBenchError, match="bmm: no linear of decoder.0 was seen to feed"):
+        quantize_model(model, "none", "W16A8:bmm")
 
 
 def test_a_weight_that_is_not_finite_ends_the_run_naming_the_linear():

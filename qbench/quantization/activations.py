@@ -140,8 +140,11 @@ def check_activations(block: Block, scheme: Scheme) -> None:
     """Refuse what a traced block cannot do, before anything is changed.
 
     Raises:
-        QBenchError: KV bits in an architecture whose attention product is not torch's SDPA.
+        QBenchError: KV bits in an architecture whose attention product is not torch's SDPA, or bmm
+            where no attention product was seen.
     """
+    if scheme.bmm and not block.attention_inputs:
+        raise QBenchError(f"bmm: no linear of {block.name} was seen to feed an attention product")
     if scheme.kvbits < 16 and (block.attention is None or not block.uses_sdpa):
         raise QBenchError(
             f"KV{scheme.kvbits}: the attention of {block.name} does not go through "

@@ -13,6 +13,7 @@ stream instead (SmoothQuant). Embeddings, the output head and norms are left alo
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import time
 from collections.abc import Callable
@@ -99,9 +100,25 @@ def quantize_model(
             f"{type(baseline).__name__} at {scheme} reads calibration data; "
             "pass token windows (nsamples, seqlen)"
         )
+    check_arguments(model, calibration)
     with torch.no_grad():
         _Loop(model, baseline, scheme, seed, result).run(calibration, progress)
     return result
+
+
+def check_arguments(model: nn.Module, calibration: Tensor | None) -> None:
+    """Refuse a model in training mode and calibration data of another shape.
+
+    Raises:
+        QBenchError: naming what was given.
+    """
+    if model.training:
+        raise QBenchError("the model is in training mode, where dropout is random; call .eval()")
+    if calibration is not None and (calibration.ndim != 2 or not calibration.numel()):
+        raise QBenchError(
+            f"calibration of shape {tuple(calibration.shape)} cannot be used; pass token windows "
+            "(nsamples, seqlen)"
+        )
 
 
 def needs_calibration(baseline: Baseline, scheme: Scheme) -> bool:
@@ -132,6 +149,7 @@ class _Loop:
         captured = capture(self.model, windows, max(1, BATCH_TOKENS // windows.shape[1]))
         hidden = captured.hidden
         blocks = find_blocks(self.model)
+        met: set[str] = set()
         for number, (name, module) in enumerate(blocks):
             if progress:
                 progress(number, len(blocks), name)
@@ -139,6 +157,10 @@ class _Loop:
             check_block(block, self.scheme)
             self.result.skipped |= {f"{name}.{n}": why for n, why in block.skipped.items()}
             hidden = self.quantize_block(block, hidden, replay=calibration is not None)
+            met |= {f"{name}.{linear}" for linear in block.linears}
+        for pattern, _ in self.scheme.overrides:
+            if not fnmatch.filter(met, pattern):
+                self.result.notes.append(f"override {pattern!r} matches no linear")
         if progress:
             progress(len(blocks), len(blocks), "done")
 
