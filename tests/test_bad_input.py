@@ -56,6 +56,7 @@ def command(tiny, text, tmp_path):
         ("--baseline gptq --scheme W4A16g64", "a row of 96 weights; choose one that does (near:"),
         # lm-eval reads all its definitions before it can say that it knows no such task
         pytest.param("--tasks piqaa", "unknown task 'piqaa'; did you mean 'piqa'", marks=SLOW),
+        ("--baseline rtn --scheme W4A16;*.downproj=W8A16", "no matrix is called *.downproj; they "),
         ("--tasks wikitext2@gtpq", "unknown protocol 'gtpq'; write one of gptq, documents"),
         ("--tasks wikitext2@gptq-1", "protocol 'gptq-1': a window needs at least 2 tokens"),
         ("--tasks piqa@gptq", "task 'piqa' is not a corpus, so it has no protocol 'gptq'"),

@@ -137,6 +137,14 @@ def test_row_lengths_are_those_of_the_linears_though_no_weight_is_read(
     assert sorted(set(lengths.values())) == [64, inner]
 
 
+def test_row_lengths_name_experts_that_share_one_tensor(tmp_path):
+    lengths = find_checkpoint(str(tiny_checkpoint(tmp_path / "m", "mixtral"))).row_lengths
+    experts = [name for name in lengths if "experts" in name]
+    assert "model.layers.1.mlp.experts.down_proj.3" in experts
+    assert {lengths[name] for name in experts} == {0}
+    assert lengths["model.layers.0.self_attn.q_proj"] == 64
+
+
 def test_a_folder_without_config_is_no_checkpoint(copy_of):
     folder = copy_of("bare")
     (folder / "config.json").unlink()

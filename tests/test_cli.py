@@ -302,3 +302,11 @@ def test_the_command_is_installed_and_answers(tmp_path):
     assert (
         done.stderr == "error: no results under results/runs; name another folder with --results\n"
     )
+
+
+def test_a_terminal_that_lacks_a_sign_shows_a_question_mark(tiny, text, tmp_path):
+    qbench("run", tiny, "--tasks", f"{text}@gptq-16", "--results", tmp_path)
+    command = [Path(sys.executable).with_name("qbench"), "table", "--results", tmp_path]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and "full precision  ?" in done.stdout, done.stderr

@@ -94,7 +94,10 @@ class Checkpoint:
 
     @cached_property
     def row_lengths(self) -> dict[str, int]:
-        """Inputs of every linear in the decoder blocks, found without reading any weight."""
+        """Inputs of every matrix in the decoder blocks by its name, without reading any weight.
+
+        0 for experts that share one tensor: which way they lie shows only when the block runs.
+        """
         import torch
         from transformers import AutoModelForCausalLM
         from transformers.pytorch_utils import Conv1D
@@ -109,6 +112,9 @@ class Checkpoint:
                 if isinstance(module, (torch.nn.Linear, Conv1D)):
                     rows = module.weight.shape
                     found[f"{block_name}.{name}"] = rows[0 if isinstance(module, Conv1D) else 1]
+            for name, parameter in block.named_parameters():
+                experts = range(parameter.shape[0] if parameter.ndim == 3 else 0)
+                found |= {f"{block_name}.{name}.{expert}": 0 for expert in experts}
         return found
 
     def load_config(self) -> PretrainedConfig:

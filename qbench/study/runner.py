@@ -8,6 +8,7 @@ a failure is stored with its error and repeated only on request.
 from __future__ import annotations
 
 import copy
+import fnmatch
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -164,11 +165,15 @@ class Workbench:
 
     def why_not(self, cell: Cell) -> str | None:
         """One sentence why this checkpoint cannot be quantized so, or None."""
-        if cell.not_applicable or not cell.scheme.has_groups:
+        if cell.not_applicable or not (cell.scheme.has_groups or cell.scheme.overrides):
             return cell.not_applicable
         from qbench.grid import check_group_size
 
-        for name, length in self.checkpoint.row_lengths.items():
+        names = self.checkpoint.row_lengths
+        for pattern, _ in cell.scheme.overrides:  # one with a typing error would change nothing
+            if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+                return f"no matrix is called {pattern}; they are called like {next(iter(names))}"
+        for name, length in names.items():
             scheme = cell.scheme.for_linear(name)
             try:
                 check_group_size(length, scheme.group_size if scheme.wbits < 16 else -1)
