@@ -54,7 +54,16 @@ def test_every_registered_baseline_keeps_the_contract(check, case):
     check(load_baseline(name, fields).instance)
 
 
-@pytest.mark.parametrize("case", CASES[len(BASELINES) :], ids=case_id)
+QUICK = ({"act_order": True}, {"incoherence": False}, {"rounding": "nearest"})
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case_id(case), marks=[] if case[1] in QUICK else pytest.mark.slow)
+        for case in CASES[len(BASELINES) :]
+    ],
+)
 def test_options_do_not_break_the_contract(case):
     name, fields = case
     problems = [str(o) for o in check_baseline(load_baseline(name, fields).instance) if o.problem]
