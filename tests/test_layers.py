@@ -28,14 +28,11 @@ LAYERS = (  # from the ground up; the vocabulary is one layer, and so is each fo
     ("evaluation",),
     ("training",),
     ("world",),
-    ("study",),
     ("testing",),
+    ("study",),
     ("cli", "__main__"),
 )
 RANK = {room: number for number, layer in enumerate(LAYERS) for room in layer}
-
-# "qbench check" runs the conformance suite, which authors also call from their own tests
-UPWARD_ON_PURPOSE = {("qbench/study/commands.py", "qbench.testing")}
 
 IMPORTS_LM_EVAL = {"qbench/evaluation/zeroshot.py", "qbench/evaluation/lm.py"}
 
@@ -117,17 +114,9 @@ def test_nothing_imports_upward(path):
         f"line {found.line}: {found.module}"
         for found in imports(path)
         for other in imported_rooms(found)
-        if own is not None
-        and RANK[other] > RANK[own]
-        and (relative(path), found.module) not in UPWARD_ON_PURPOSE
+        if own is not None and RANK[other] > RANK[own]
     ]
     assert not upward
-
-
-def test_the_exceptions_to_the_order_are_still_in_use():
-    for path, module in UPWARD_ON_PURPOSE:
-        found = [i for i in imports(ROOT / path) if i.module == module]
-        assert found and all(i.in_function for i in found)
 
 
 def baseline_names() -> set[str]:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import pytest
-import qbench_baselines.quip as quip
 import torch
+
+import qbench_baselines.quip as quip
+from qbench import QBenchError, Scheme, Statistics, round_to_nearest
+from qbench.baseline import resolve_scheme
+from qbench.registry import load_baseline
 from qbench_baselines.absmax import Absmax
 from qbench_baselines.gptq import GPTQ
 from qbench_baselines.none import NoQuantization
 from qbench_baselines.quip import QuIP
-
-from qbench import QBenchError, Scheme, Statistics, round_to_nearest
-from qbench.baseline import resolve_scheme
-from qbench.registry import load_baseline
 
 
 @pytest.fixture(scope="module")

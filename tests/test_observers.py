@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import qbench_baselines.gptq as gptq
 import torch
 
+import qbench_baselines.gptq as gptq
 from qbench import Baseline, CannotQuantize, QBenchError, Statistics, quantize_model
 from qbench.models.blocks import find_blocks, trace_block
 from qbench.quantization.calibration import capture

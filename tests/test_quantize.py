@@ -12,10 +12,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from invented_architecture import odd_model, odd_windows
-from qbench_baselines.gptq import GPTQ
-from qbench_baselines.quip import QuIP
-from qbench_baselines.rtn import RTN
-from qbench_baselines.smoothquant import SmoothQuant
 from transformers import AutoModelForCausalLM
 
 from qbench import (
@@ -37,6 +33,10 @@ from qbench.quantization.activations import ActivationQuantizer
 from qbench.record import BaselineSpec, QuantizationKey, QuantizationRecord
 from qbench.registry import baseline_entry_points
 from qbench.testing import tiny_model, tiny_tokenizer, tiny_windows
+from qbench_baselines.gptq import GPTQ
+from qbench_baselines.quip import QuIP
+from qbench_baselines.rtn import RTN
+from qbench_baselines.smoothquant import SmoothQuant
 
 BASELINES = sorted(baseline_entry_points())
 QUANTIZING = [name for name in BASELINES if name != "none"]

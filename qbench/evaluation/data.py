@@ -190,9 +190,9 @@ def hub_answers() -> bool:
 
 
 def _missing(name: str, split: str, places: list[str], reason: str) -> QBenchError:
-    looked = "".join(f"\n  {place}" for place in [*places, reason])
+    looked = ", ".join([*places, reason])
     first = f"put it at {places[0]}" if places else "pass a data folder with --data DIR that has it"
     return QBenchError(
-        f"the {split} split of {name} was found nowhere; looked for{looked}\n"
-        f"{first}, or go online (and unset HF_HUB_OFFLINE)"
+        f"the {split} split of {name} was found nowhere (looked for {looked}); {first}, or go "
+        "online (and unset HF_HUB_OFFLINE)"
     )

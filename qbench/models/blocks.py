@@ -39,6 +39,8 @@ class Block:
     """Names of linears that read the same tensor, in order of execution."""
     folds: list[NormFold] = field(default_factory=list)
     """Norms whose per-channel scale can move into the linears they feed."""
+    unfoldable: list[tuple[str, str]] = field(default_factory=list)
+    """Norms that feed linears but cannot take a scale: (name, why)."""
     attention_inputs: list[str] = field(default_factory=list)
     """Linears whose outputs become queries, keys or values."""
     attention: nn.Module | None = None
@@ -189,7 +191,9 @@ def trace_block(name: str, module: nn.Module, runner: BlockRunner, hidden: Tenso
     readers = [(linear, x) for linear, x, _ in seen.products]
     reached = {linear.name for linear, x in readers if x.numel()}
     unseen = [linear for linear in (*owned, *loose) if linear.name not in reached]
-    block.folds = find_folds(seen.norms, readers, unseen, lambda: runner(hidden, 0), reference)
+    block.folds, block.unfoldable = find_folds(
+        seen.norms, readers, unseen, lambda: runner(hidden, 0), reference
+    )
     return block
 
 

@@ -47,8 +47,8 @@ def find_folds(
     unseen: Sequence[Linear],
     rerun: Callable[[], Tensor],
     reference: Tensor,
-) -> list[NormFold]:
-    """The folds that were tried and keep the block's function.
+) -> tuple[list[NormFold], list[tuple[str, str]]]:
+    """The folds that were tried and keep the block's function; and the norms that have none.
 
     Args:
         norms: name -> (module, its input, its output) as traced.
@@ -57,16 +57,21 @@ def find_folds(
         rerun: runs the block on the traced input.
         reference: what it gave.
     """
-    folds = []
+    folds, unfoldable = [], []
     for name, (norm, x, y) in norms.items():
         readers = _readers(y, products, unseen)
         offset = _weight_offset(norm, x)
-        if not readers or offset is None:
+        if not readers:
+            continue
+        if offset is None:
+            unfoldable.append((name, "its output is not proportional to its weight"))
             continue
         fold = NormFold(name, norm, offset, readers)
         if _keeps_function(fold, rerun, reference):
             folds.append(fold)
-    return folds
+        else:
+            unfoldable.append((name, "something besides linears reads its output"))
+    return folds, unfoldable
 
 
 def _readers(

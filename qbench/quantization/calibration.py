@@ -66,7 +66,14 @@ class Captured:
 
         def run(hidden: Tensor, index: int) -> Tensor:
             args, kwargs = self.calls[name][index]
-            return first_tensor(module(hidden, *args, **kwargs))
+            version = hidden._version
+            output = first_tensor(module(hidden, *args, **kwargs))
+            if hidden._version != version:
+                raise QBenchError(
+                    f"{name} writes into the hidden states it is given; qbench runs a block more "
+                    "than once on the same input and cannot have that"
+                )
+            return output
 
         return run
 

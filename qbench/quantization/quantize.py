@@ -35,6 +35,8 @@ from qbench.quantization.observers import Observer, Statistics
 from qbench.record import LayerReport
 from qbench.scheme import Scheme
 
+_MARK = "_qbench_scheme"
+"""Attribute of a model that quantize_model has worked on."""
 BATCH_TOKENS = 2048
 """Calibration windows shorter than this run through a block together."""
 Progress = Callable[[int, int, str], None]
@@ -101,19 +103,24 @@ def quantize_model(
             "pass token windows (nsamples, seqlen)"
         )
     check_arguments(model, calibration)
+    setattr(model, _MARK, str(scheme))
     with torch.no_grad():
         _Loop(model, baseline, scheme, seed, result).run(calibration, progress)
     return result
 
 
 def check_arguments(model: nn.Module, calibration: Tensor | None) -> None:
-    """Refuse a model in training mode and calibration data of another shape.
+    """Refuse a model in training mode or quantized before, and calibration of another shape.
 
     Raises:
         QBenchError: naming what was given.
     """
     if model.training:
         raise QBenchError("the model is in training mode, where dropout is random; call .eval()")
+    if hasattr(model, _MARK):
+        raise QBenchError(
+            f"the model was quantized before, at {getattr(model, _MARK)}; start from a fresh copy"
+        )
     if calibration is not None and (calibration.ndim != 2 or not calibration.numel()):
         raise QBenchError(
             f"calibration of shape {tuple(calibration.shape)} cannot be used; pass token windows "
@@ -181,6 +188,7 @@ class _Loop:
             context = TransformContext(block, self.scheme, stats, hidden, outputs, generator)
             self.baseline.transform(block, context)
             notes = context.report
+            self.result.notes += [f"{block.name}.{norm}: {why}" for norm, why in block.unfoldable]
         elif full_precision and replay:
             outputs = [block.run(h, i) for i, h in enumerate(hidden)]
 
@@ -233,8 +241,7 @@ class _Loop:
         quantized, fallback = self.round_weight(full_name, weight, scheme, stats)
         if not torch.isfinite(quantized.weight).all():
             raise RunFailed(
-                f"{type(self.baseline).__name__} gave non-finite weights in {full_name} "
-                f"at {scheme}; nothing was stored"
+                f"{type(self.baseline).__name__} gave non-finite weights in {full_name} at {scheme}"
             )
         report = dict(quantized.report or {})
         damping = report.pop("damping", None)
