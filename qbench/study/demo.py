@@ -60,7 +60,7 @@ def demo(results: Path, full: bool = False) -> int:
     plot(store, "accuracy-vs-bits", output=figure)
     print(f"figure:   {figure}\nresults:  {results}", file=sys.stdout)
     print(
-        f"next:     qbench run {home / 'model'} --baseline gptq --scheme W3A16g32 "
+        f"next:     qbench run {home / 'little-world'} --baseline gptq --scheme W3A16g32 "
         f"--calibration {home / 'train.txt'} --nsamples 64 --seqlen {CONTEXT} "
         f"--tasks {home / 'unseen.txt'} --results {results}"
     )
