@@ -24,12 +24,16 @@ class Absmax(Baseline):
     """Round to nearest on a symmetric grid scaled by the absolute maximum."""
 
     summary: ClassVar[str] = "absolute-maximum scaling, per tensor as in LLM.int8 and BitNet"
-    weight_granularity: ClassVar[str] = "tensor"
+    is_random: ClassVar[bool] = False
     activation_granularity: ClassVar[str] = "tensor"
 
     def default_grid(self, scheme: Scheme) -> str:
         """``restricted`` as coded; at 1 bit BitNet's eq. 4; ternary at 1.58."""
         return {1: "bitnet", 1.58: "ternary"}.get(scheme.wbits, "restricted")
+
+    def default_granularity(self, scheme: Scheme) -> str:
+        """The whole tensor, as in the papers."""
+        return "tensor"
 
     def quantize_weight(
         self, weight: Tensor, scheme: Scheme, stats: Statistics, generator: Generator

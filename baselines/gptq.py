@@ -42,6 +42,7 @@ class GPTQ(Baseline):
     """Second-order rounding with error feedback along the input channels."""
 
     summary: ClassVar[str] = "column-wise rounding with second-order error feedback"
+    is_random: ClassVar[bool] = False
     weight_statistics: ClassVar[tuple[str, ...]] = ("hessian",)
 
     percdamp: float = 0.01
@@ -60,6 +61,14 @@ class GPTQ(Baseline):
     mse: bool = False
     """Shrink each range to the one of least rounding error before fitting the grid."""
 
+    def check(self) -> None:
+        """At least one column in a block, no negative damping."""
+        if self.block_size < 1 or self.percdamp < 0:
+            raise QBenchError(
+                f"GPTQ block_size={self.block_size}, percdamp={self.percdamp:g}: a block has at "
+                "least 1 column and damping is not negative; use 128 and 0.01"
+            )
+
     def stages(self, block: Block) -> list[list[str]]:
         """All linears at once, or one stage per shared input."""
         return block.input_groups if self.true_sequential else super().stages(block)
@@ -71,10 +80,8 @@ class GPTQ(Baseline):
 
         Raises:
             CannotQuantize: if the hessian cannot be factorized with any damping.
-            QBenchError: for a group size that does not divide, or an impossible block size.
+            QBenchError: for a group size that does not divide.
         """
-        if self.block_size < 1:
-            raise QBenchError(f"GPTQ block_size {self.block_size} is impossible; use at least 1")
         check_group_size(weight.shape[1], scheme.group_size)
         dead, order, upper, damping = stats.cached(
             f"gptq:{self.percdamp}:{self.act_order}", lambda: self._factorize(stats.hessian)

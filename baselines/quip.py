@@ -44,7 +44,6 @@ class QuIP(Baseline):
 
     summary: ClassVar[str] = "LDLQ rounding after random rotations (incoherence processing)"
     weight_statistics: ClassVar[tuple[str, ...]] = ("hessian",)
-    weight_granularity: ClassVar[str] = "tensor"
     on_grid: ClassVar[bool] = False
 
     rounding: str = "ldlq"
@@ -65,6 +64,21 @@ class QuIP(Baseline):
         beyond = {1: "sign", 1.58: "ternary"}
         return beyond.get(scheme.wbits, "rms" if self.incoherence else "asym")
 
+    def default_granularity(self, scheme: Scheme) -> str:
+        """One scale for the rotated matrix; one per row without rotation."""
+        return "tensor" if self.incoherence else "channel"
+
+    def check(self) -> None:
+        """Known names, and nothing negative."""
+        for value, known in ((self.rounding, ROUNDINGS), (self.rotation, ROTATIONS)):
+            if value not in known:
+                raise QBenchError(f"QuIP has no {value!r}; choose one of {', '.join(known)}")
+        if self.percdamp < 0 or self.greedy_passes < 0:
+            raise QBenchError(
+                f"QuIP percdamp={self.percdamp:g}, greedy_passes={self.greedy_passes}: "
+                "neither can be negative; use 0.01 and 0"
+            )
+
     def supports(self, scheme: Scheme) -> str | None:
         """Groups do not exist in a rotated basis."""
         if scheme.group_size > 0:
@@ -78,11 +92,7 @@ class QuIP(Baseline):
 
         Raises:
             CannotQuantize: if the hessian cannot be factorized with any damping.
-            QBenchError: for an unknown rounding or rotation.
         """
-        for value, known in ((self.rounding, ROUNDINGS), (self.rotation, ROTATIONS)):
-            if value not in known:
-                raise QBenchError(f"QuIP has no {value!r}; choose one of {', '.join(known)}")
         hessian = stats.hessian / 2  # QuIP's is the mean over sequences without GPTQ's factor
         if not self.incoherence:
             return self.round(weight, hessian, scheme)

@@ -18,6 +18,7 @@ class RTN(Baseline):
     """Round every weight to the nearest code of its row."""
 
     summary: ClassVar[str] = "round to nearest, per row, asymmetric (GPTQ's and QuIP's RTN rows)"
+    is_random: ClassVar[bool] = False
 
     mse: bool = False
     """Shrink each row's range to the one of least rounding error."""

@@ -20,6 +20,7 @@ from torch import Generator, Tensor
 
 from qbench import (
     Baseline,
+    QBenchError,
     QuantizedWeight,
     Scheme,
     Statistics,
@@ -39,11 +40,20 @@ class SmoothQuant(Baseline):
     """Absmax after smoothing; per output channel and per token as in the released code."""
 
     summary: ClassVar[str] = "activation outliers folded into the weights, then absmax"
+    is_random: ClassVar[bool] = False
     transform_statistics: ClassVar[tuple[str, ...]] = ("absmax",)
     calibrate_on: ClassVar[str] = "full_precision"
 
     alpha: float = 0.5
     """Migration strength: 0 leaves activations as they are, 1 flattens them wholly."""
+
+    def check(self) -> None:
+        """Alpha divides the difficulty between weights and activations."""
+        if not 0 <= self.alpha <= 1:
+            raise QBenchError(
+                f"SmoothQuant alpha={self.alpha:g} is outside 0 (all in the activations) to 1 "
+                "(all in the weights); the paper uses 0.5"
+            )
 
     def default_grid(self, scheme: Scheme) -> str:
         """As Absmax: ``restricted``, at 1 bit BitNet's eq. 4, ternary at 1.58."""

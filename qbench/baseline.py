@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from qbench.errors import QBenchError, unknown
-from qbench.grid import QuantizedWeight, default_activation_grid, get_grid
+from qbench.grid import RANGE_GRIDS, QuantizedWeight, default_activation_grid, get_grid
 from qbench.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -71,10 +71,10 @@ class Baseline(ABC):
     """Observers whose results ``quantize_weight`` reads."""
     calibrate_on: ClassVar[str] = "quantized"
     """"quantized": inputs pass through the quantized blocks below; or "full_precision"."""
-    weight_granularity: ClassVar[str] = "channel"
-    """What ``w=auto`` means without a group size."""
     activation_granularity: ClassVar[str] = "token"
     """What ``a=auto`` means."""
+    is_random: ClassVar[bool] = True
+    """Whether results depend on the generators; False keeps the run's seed out of the key."""
     preserves_function: ClassVar[bool] = True
     """Whether ``transform`` leaves the full-precision block's outputs as they were."""
     on_grid: ClassVar[bool] = True
@@ -83,6 +83,13 @@ class Baseline(ABC):
     def default_grid(self, scheme: Scheme) -> str:
         """Which grid ``auto`` means at this width."""
         return {1: "sign", 1.58: "ternary"}.get(scheme.wbits, "asym")
+
+    def default_granularity(self, scheme: Scheme) -> str:
+        """What ``w=auto`` means without a group size: "channel" or "tensor"."""
+        return "channel"
+
+    def check(self) -> None:  # noqa: B027
+        """Raise QBenchError for a hyperparameter out of its range, naming value, limit and fix."""
 
     def supports(self, scheme: Scheme) -> str | None:
         """None, or one sentence why this method cannot do this (resolved) scheme."""
@@ -129,14 +136,17 @@ def resolve_scheme(scheme: Scheme, baseline: Baseline) -> Scheme:
         get_grid(values.get("grid", scheme.grid)).check(scheme.wbits)
         if scheme.w_granularity == "auto":
             values["w_granularity"] = (
-                "group" if scheme.group_size > 0 else baseline.weight_granularity
+                "group" if scheme.group_size > 0 else baseline.default_granularity(scheme)
             )
     if scheme.abits < 16 or scheme.kvbits < 16:
-        narrowest = min(scheme.abits, scheme.kvbits)
         if scheme.agrid == "auto":
-            values["agrid"] = default_activation_grid(narrowest)
-        for bits in {scheme.abits, scheme.kvbits} - {16}:
-            get_grid(values.get("agrid", scheme.agrid)).check(bits)
+            own = scheme.abits if scheme.abits < 16 else scheme.kvbits
+            values["agrid"] = default_activation_grid(own)
+        else:
+            for bits in {scheme.abits, scheme.kvbits} - {16}:
+                get_grid(scheme.agrid).check(bits)
+    if scheme.static and scheme.abits < 16:
+        check_static_grid(scheme, values.get("agrid", scheme.agrid))
     if scheme.abits < 16 and scheme.a_granularity == "auto":
         values["a_granularity"] = "tensor" if scheme.static else baseline.activation_granularity
     if scheme.static and values.get("a_granularity", scheme.a_granularity) == "token":
@@ -145,6 +155,19 @@ def resolve_scheme(scheme: Scheme, baseline: Baseline) -> Scheme:
         (pattern, resolve_scheme(inner, baseline)) for pattern, inner in scheme.overrides
     )
     return dataclasses.replace(scheme, **values).normalized()
+
+
+def check_static_grid(scheme: Scheme, agrid: str) -> None:
+    """Refuse static scales on a grid that is not fitted to smallest and largest values.
+
+    Raises:
+        QBenchError: naming the grids that can be static.
+    """
+    if agrid not in RANGE_GRIDS:
+        raise QBenchError(
+            f"scheme {scheme}: static scales come from smallest and largest values, which grid "
+            f"{agrid!r} is not fitted to; choose one of {', '.join(RANGE_GRIDS)} or drop static"
+        )
 
 
 def why_not(baseline: Baseline, scheme: Scheme) -> str | None:
@@ -160,7 +183,8 @@ def with_fields(cls: type[Baseline], values: Mapping[str, Any]) -> Baseline:
     """Construct a baseline from field values given as text or as Python values.
 
     Raises:
-        QBenchError: for an unknown field (with the nearest names) or a value of the wrong type.
+        QBenchError: for an unknown field (with the nearest names), or a value of the wrong type or
+            out of range.
     """
     fields = {f.name: f for f in dataclasses.fields(cls)}
     converted = {}
@@ -172,7 +196,9 @@ def with_fields(cls: type[Baseline], values: Mapping[str, Any]) -> Baseline:
     missing = [name for name in needed if name not in converted]
     if missing:
         raise QBenchError(f"{cls.__name__} needs a value for {', '.join(missing)}")
-    return cls(**converted)
+    made = cls(**converted)
+    made.check()
+    return made
 
 
 def _convert(cls: type[Baseline], name: str, value: Any, default: Any) -> Any:

@@ -198,6 +198,8 @@ def _narrow(bits: float) -> tuple[int, int]:
     return -half, half
 
 
+RANGE_GRIDS = ("restricted", "bitnet", "gptq_sym", "full", "asym")
+"""Grids whose scale follows from the smallest and largest value alone."""
 GRIDS: dict[str, Grid] = {
     grid.name: grid
     for grid in (

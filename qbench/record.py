@@ -68,7 +68,9 @@ class QuantizationKey(_Key):
     calibration: CalibrationSpec | None = None
     """None where the method and the scheme need no data."""
     seed: int = 0
-    """Seed of the method's own randomness (rotations)."""
+    """Seed of the method's own randomness (rotations); 0 where it draws nothing."""
+    dtype: str = "float32"
+    """Dtype of weights and activations while quantizing."""
 
 
 class TaskKey(_Key):

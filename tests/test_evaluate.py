@@ -23,6 +23,7 @@ from qbench.evaluation import data, zeroshot
 from qbench.evaluation.evaluate import context_length, evaluate, prepare_task
 from qbench.evaluation.scoring import score_rows
 from qbench.evaluation.tasks import EvaluationOptions, TaskSpec, known_tasks
+from qbench.quantization.quantize import quantize_model
 from qbench.record import TaskKey
 from qbench.testing import tiny_model, tiny_tokenizer
 
@@ -330,3 +331,18 @@ def test_the_perplexity_of_real_checkpoints_is_the_known_one(name, limit, perple
 
 def test_scoring_nothing_is_nothing(model):
     assert score_rows(model, []) == []
+
+
+def test_a_model_quantized_with_scales_per_batch_is_evaluated_one_row_at_a_time(tokenizer):
+    """Dynamic per-tensor activation scales depend on the batch; the model says how it was made."""
+    model = tiny_model()
+    quantize_model(model, "absmax", "W8A4")
+    options = {"data_dir": DATA, "limit": 4}
+    result = evaluate(model, tokenizer, "arc_easy", **options)["arc_easy"]
+    alone = evaluate(model, tokenizer, "arc_easy", one_row_at_a_time=True, **options)["arc_easy"]
+    assert result.details["batching"] == "one row"
+    np.testing.assert_array_equal(result.items["loglikelihood"], alone.items["loglikelihood"])
+    per_token = tiny_model()
+    quantize_model(per_token, "rtn", "W8A4")
+    batched = evaluate(per_token, tokenizer, "arc_easy", **options)["arc_easy"]
+    assert batched.details["batching"] == "by length"

@@ -6,13 +6,15 @@ import pytest
 import torch
 
 import qbench_baselines.quip as quip
-from qbench import QBenchError, Scheme, Statistics, round_to_nearest
+from qbench import QBenchError, Scheme, Statistics, quantize_model, round_to_nearest
 from qbench.baseline import resolve_scheme
 from qbench.registry import load_baseline
+from qbench.testing import tiny_model, tiny_windows
 from qbench_baselines.absmax import Absmax
 from qbench_baselines.gptq import GPTQ
 from qbench_baselines.none import NoQuantization
 from qbench_baselines.quip import QuIP
+from qbench_baselines.smoothquant import SmoothQuant
 
 
 @pytest.fixture(scope="module")
@@ -122,12 +124,24 @@ def test_the_block_size_of_gptq_changes_no_result_without_groups(block_size, lay
     assert (found.codes == reference.codes).float().mean() > 0.999
 
 
-def test_an_impossible_block_size_is_refused(layer_case):
-    weight, stats = layer_case
-    with pytest.raises(QBenchError, match="GPTQ block_size 0 is impossible"):
-        GPTQ(block_size=0).quantize_weight(
-            weight, Scheme.parse("W3A16:w=channel,grid=asym"), stats, torch.Generator()
-        )
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        (GPTQ(block_size=0), "GPTQ block_size=0"),
+        (GPTQ(percdamp=-0.1), "percdamp=-0.1"),
+        (QuIP(rounding="ldql"), "QuIP has no 'ldql'; choose one of"),
+        (QuIP(rotation="none"), "QuIP has no 'none'; choose one of"),
+        (QuIP(greedy_passes=-1), "greedy_passes=-1"),
+        (SmoothQuant(alpha=7.0), "SmoothQuant alpha=7 is outside 0"),
+    ],
+    ids=repr,
+)
+def test_hyperparameters_out_of_range_are_refused_before_anything_changes(method, said):
+    model = tiny_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(QBenchError, match=said):
+        quantize_model(model, method, "W4A16", tiny_windows())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("fields", [{}, {"act_order": True}, {"static_groups": True}])
@@ -181,13 +195,10 @@ def test_quips_rotations_are_orthogonal_and_undone(rotation, size):
     assert p * q == size
 
 
-@pytest.mark.parametrize(("field", "value"), [("rounding", "ldql"), ("rotation", "none")])
-def test_an_unknown_rounding_or_rotation_of_quip_is_refused(field, value, layer_case):
-    weight, stats = layer_case
-    with pytest.raises(QBenchError, match=f"QuIP has no '{value}'; choose one of"):
-        QuIP(**{field: value}).quantize_weight(
-            weight, Scheme.parse("W2A16:w=tensor,grid=rms"), stats, torch.Generator()
-        )
+def test_quip_without_rotation_rounds_rows_as_they_are():
+    """QuIP as released: 'a' is per row; with incoherence there is one scale."""
+    assert resolve_scheme(Scheme(wbits=4), QuIP(incoherence=False)).w_granularity == "channel"
+    assert resolve_scheme(Scheme(wbits=4), QuIP()).w_granularity == "tensor"
 
 
 def test_the_none_baseline_and_absmax_are_what_they_say():

@@ -13,6 +13,7 @@ from qbench import Baseline, QBenchError
 from qbench.baseline import resolve_scheme, why_not, with_fields
 from qbench.registry import baseline_entry_points, load_baseline
 from qbench.scheme import Scheme
+from qbench_baselines.rtn import RTN
 
 PLUGIN = """
 from dataclasses import dataclass
@@ -261,3 +262,15 @@ def test_what_a_method_cannot_do_it_says_in_one_sentence_also_for_an_override():
         assert "groups" in why_not(quip, resolve_scheme(Scheme.parse(text), quip))
     assert why_not(none, Scheme.parse("W4A16")) == "it leaves weights alone; use W16"
     assert why_not(none, Scheme.parse("W16A8")) is None
+
+
+def test_kv_bits_leave_the_grid_of_the_other_activations_alone():
+    both = resolve_scheme(Scheme.parse("W4A8KV1"), RTN())
+    assert both.agrid == resolve_scheme(Scheme.parse("W4A8"), RTN()).agrid == "restricted"
+
+
+@pytest.mark.parametrize("agrid", ["rms", "sign", "ternary"])
+def test_static_scales_need_a_grid_of_smallest_and_largest_values(agrid):
+    bits = {"sign": 1, "ternary": 2, "rms": 4}[agrid]
+    with pytest.raises(QBenchError, match="static|has no"):
+        resolve_scheme(Scheme.parse(f"W8A{bits}:static,agrid={agrid}"), RTN())

@@ -175,13 +175,29 @@ def test_two_checkpoints_of_one_name_do_not_mix(base, tiny, tmp_path):
     assert len(records(tmp_path / "runs")) == 4
 
 
-def test_every_method_at_sixteen_bits_shares_one_parameterless_key(tiny, tmp_path):
-    bench = Workbench(find_checkpoint(str(tiny)), Settings(tasks=()), Store(tmp_path))
+def key_of(tiny, tmp_path, name="rtn", scheme="W4A16", fields=None, **settings):
+    bench = Workbench(find_checkpoint(str(tiny)), Settings(tasks=(), **settings), Store(tmp_path))
+    return bench.key(Cell.of(load_baseline(name, fields or {}), Scheme.parse(scheme)))
+
+
+def test_every_method_at_sixteen_bits_shares_one_key(tiny, tmp_path):
     keys = [
-        bench.key(Cell.of(load_baseline("gptq", fields), Scheme()))
-        for fields in ({}, {"percdamp": 0.5})
+        key_of(tiny, tmp_path, "none", "W16A16"),
+        key_of(tiny, tmp_path, "gptq", "W16A16", {"percdamp": 0.5}),
+        key_of(tiny, tmp_path, "quip", "W16A16", seed=7),
     ]
-    assert keys[0] == keys[1] and keys[0].calibration is None
+    assert keys[0] == keys[1] == keys[2]
+
+
+def test_a_seed_is_in_the_key_of_methods_that_draw_something(tiny, tmp_path):
+    assert key_of(tiny, tmp_path, seed=1) == key_of(tiny, tmp_path, seed=2)
+    assert load_baseline("quip").instance.is_random
+    assert not load_baseline("gptq").instance.is_random
+
+
+def test_the_dtype_of_the_model_is_in_the_key(tiny, tmp_path):
+    half = key_of(tiny, tmp_path, dtype="float16")
+    assert half != key_of(tiny, tmp_path) and half.dtype == "float16"
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from qbench.evaluation.tasks import (
     TaskResult,
     TaskSpec,
 )
+from qbench.quantization.quantize import quantized_scheme
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -65,7 +66,7 @@ def evaluate(
     num_fewshot: int = 0,
     limit: int | None = None,
     progress: Progress | None = None,
-    one_row_at_a_time: bool = False,
+    one_row_at_a_time: bool | None = None,
     **options: Any,
 ) -> dict[str, TaskResult]:
     """Measure a model in memory.
@@ -77,7 +78,8 @@ def evaluate(
         num_fewshot: of tasks given as text that are not perplexities.
         limit: of tasks given as text.
         progress: called with tokens done and tokens in all of a task.
-        one_row_at_a_time: for models with dynamic per-tensor activation scales.
+        one_row_at_a_time: for models with dynamic per-tensor activation scales; None asks the
+            scheme that :func:`qbench.quantize_model` left on the model.
         **options: fields of :class:`~qbench.evaluation.tasks.EvaluationOptions`.
 
     Returns:
@@ -86,6 +88,9 @@ def evaluate(
     from dataclasses import replace
 
     chosen = EvaluationOptions(**options)
+    if one_row_at_a_time is None:
+        scheme = quantized_scheme(model)
+        one_row_at_a_time = scheme is not None and scheme.depends_on_batch
     results = {}
     for task in [tasks] if isinstance(tasks, str) else tasks:
         if isinstance(task, str):

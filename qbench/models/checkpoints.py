@@ -76,8 +76,7 @@ class Checkpoint:
         for path in [*self.weight_files, *(self.folder / n for n in _TOKENIZER_FILES)]:
             if path.is_file():
                 digest.update(path.name.encode())
-                with path.open("rb") as file:
-                    digest.update(hashlib.file_digest(file, "sha256").digest())
+                digest.update(_file_sha256(path))
         return digest.hexdigest()
 
     @property
@@ -385,6 +384,14 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
+
+
+def _file_sha256(path: Path) -> bytes:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.digest()
 
 
 def _first_line(error: BaseException) -> str:

@@ -5,7 +5,8 @@ taken from each token or from the whole input at run time, or are fixed per tens
 (SmoothQuant 2211.10438 Table 2: O1 per token, O2 per tensor, O3 static).
 
 Keys and values are rounded per token and head where attention reads them, so after rotary
-embeddings, as a quantized cache would hand them out. ``bmm`` rounds the outputs of the query, key
+embeddings, as a quantized cache would hand them out; on the activations' grid, or on the default
+one of their width where that grid does not offer it. ``bmm`` rounds the outputs of the query, key
 and value projections instead, as SmoothQuant's code does.
 """
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from qbench.errors import QBenchError
-from qbench.grid import Affine, get_grid
+from qbench.grid import Affine, default_activation_grid, get_grid
 from qbench.models.blocks import Block
 from qbench.models.linear import Linear, attach
 from qbench.quantization.observers import Observer
@@ -183,7 +184,9 @@ def quantize_activations(block: Block, scheme: Scheme, ranges: dict[str, Tensor]
             hook = _OutputHook(dynamic)
             block.linears[name].module.register_forward_hook(hook)
     if scheme.kvbits < 16 and block.attention is not None:
-        pair = _AttentionHook(ActivationQuantizer(scheme.kvbits, scheme.agrid, "token"))
+        offered = get_grid(scheme.agrid).offers(scheme.kvbits)
+        agrid = scheme.agrid if offered else default_activation_grid(scheme.kvbits)
+        pair = _AttentionHook(ActivationQuantizer(scheme.kvbits, agrid, "token"))
         block.attention.register_forward_pre_hook(pair.before)
         block.attention.register_forward_hook(pair.after, always_call=True)
     return notes

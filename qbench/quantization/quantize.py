@@ -90,6 +90,7 @@ def quantize_model(
 
         baseline = load_baseline(baseline).instance
     scheme = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
+    baseline.check()
     scheme = resolve_scheme(scheme, baseline)
     result = Quantization(scheme)
     if scheme.is_identity:
@@ -107,6 +108,12 @@ def quantize_model(
     with torch.no_grad():
         _Loop(model, baseline, scheme, seed, result).run(calibration, progress)
     return result
+
+
+def quantized_scheme(model: nn.Module) -> Scheme | None:
+    """The resolved scheme a model in memory was quantized at, None for an untouched one."""
+    mark = getattr(model, _MARK, None)
+    return Scheme.parse(mark) if isinstance(mark, str) else None
 
 
 def check_arguments(model: nn.Module, calibration: Tensor | None) -> None:

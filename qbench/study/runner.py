@@ -25,6 +25,7 @@ from qbench.models.checkpoints import Checkpoint
 from qbench.progress import Reporter
 from qbench.quantization.quantize import Quantization, needs_calibration, quantize_model
 from qbench.record import (
+    BaselineSpec,
     CalibrationSpec,
     LayerReport,
     QuantizationKey,
@@ -182,18 +183,17 @@ class Workbench:
         return None
 
     def key(self, cell: Cell) -> QuantizationKey:
-        """What names the quantized model."""
+        """What names the quantized model; at W16A16 it is the same model for every method."""
         instance = cell.baseline.instance
         reads_data = needs_calibration(instance, cell.scheme) and not self.why_not(cell)
-        spec = cell.baseline.spec
-        if cell.scheme.is_identity:  # every method's W16A16 is the same model
-            spec = spec.model_copy(update={"parameters": {}})
+        untouched = cell.scheme.is_identity
         return QuantizationKey(
             weights=self.checkpoint.fingerprint,
-            baseline=spec,
+            baseline=BaselineSpec(name="none") if untouched else cell.baseline.spec,
             scheme=str(cell.scheme),
             calibration=self.calibration[1] if reads_data else None,
-            seed=self.settings.seed,
+            seed=self.settings.seed if instance.is_random and not untouched else 0,
+            dtype=self.settings.dtype,
         )
 
     def task_key(self, key: QuantizationKey, spec: TaskSpec) -> TaskKey:
