@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+import shlex
 
+import pytest
+from typer.testing import CliRunner
+
+from qbench.cli import app
 from qbench.study import demo
 from qbench.study.store import Store
 
@@ -23,6 +27,10 @@ def test_the_demo_prints_a_table_and_leaves_a_figure(tmp_path, capsys, shortened
     runs = list(Store(tmp_path / "demo").runs())
     assert len(runs) == 3
     assert all(len(run.tasks) == 2 for run in runs)
+
+    [line] = [line for line in out.splitlines() if line.startswith("next:")]
+    following = CliRunner().invoke(app, shlex.split(line.removeprefix("next:"))[1:])
+    assert following.exit_code == 0, following.output
 
     assert demo.demo(tmp_path / "demo") == 0
     assert "quantized" not in capsys.readouterr().err
