@@ -75,7 +75,7 @@ def list_(
     what: Annotated[str, typer.Argument(help="baselines, tasks, corpora, runs or checkpoints")],
     results: Results = DEFAULT_RESULTS,
 ) -> None:
-    """List what can be named: baselines, tasks, corpora, runs, checkpoints."""
+    """List baselines, tasks, corpora, runs or checkpoints."""
     from qbench.study import listing
 
     for line in listing.lines(what, results):
@@ -238,7 +238,7 @@ def check(
     baseline: Annotated[str, typer.Argument(help="Name, or file.py:Class.")],
     set_: Annotated[list[str], typer.Option("--set", help="field=value of the baseline.")] = [],  # noqa: B006
 ) -> None:
-    """Test whether a baseline keeps the contract, and say what is wrong if not."""
+    """Test a baseline against the contract of one."""
     from qbench.study import commands
 
     sys.exit(commands.check(baseline, tuple(set_)))
@@ -246,7 +246,7 @@ def check(
 
 @app.command()
 def doctor(data: Data = None, results: Results = DEFAULT_RESULTS) -> None:
-    """Say what this machine has: packages, devices, data, whether results can be written."""
+    """Say what this machine has and what it lacks."""
     from qbench.study import commands
 
     sys.exit(commands.doctor(data, results))

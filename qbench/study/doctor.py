@@ -101,11 +101,17 @@ def _data(data: Path | None) -> Iterator[Finding]:
         if not (data / kind).is_dir():
             yield Finding(kind, f"{data / kind} does not exist", is_absent=True)
     places = {f"corpus {name}": kind.folder or name for name, kind in CORPORA.items()}
+    originals = {}
     for task, path in pinned_tasks().items():
-        places[f"task {task}"] = read_definition(path)["metadata"].get("data", task)
+        metadata = read_definition(path)["metadata"]
+        places[f"task {task}"] = metadata.get("data", task)
+        files = [v for k, v in metadata.get("original", {}).items() if k != "reader"]
+        originals[f"task {task}"] = " or ".join(files)
     elsewhere = "and HF_HUB_OFFLINE is set" if offline else "so it has to come from the Hub"
     for what, folder in places.items():
         found = [path for kind in ("tasks", "corpora") for path in (data / kind / folder).glob("*")]
         names = ", ".join(sorted(path.name for path in found))
         absent = f"not in {data / 'tasks' / folder}, {elsewhere}"
+        if originals.get(what):
+            absent += f", or {originals[what]} be put there"
         yield Finding(what, names or absent, is_absent=not names)
