@@ -1,8 +1,11 @@
-"""A store of made-up results, shaped like the real thing, for the tests of qbench.study."""
+"""A store of made-up results, shaped like the real thing, and readers of tables made of it."""
 
 from __future__ import annotations
 
+import csv
+import io
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +32,14 @@ def quantization(
     fallbacks: int = 0,
     **fields: Any,
 ) -> QuantizationRecord:
-    """A record; ``parameters_of`` (hyperparameters), ``calibration``, ``seed`` go into its key."""
+    """A record; hyperparameters (``parameters_of``), calibration, seed and dtype make its key."""
     key = QuantizationKey(
         weights=fields.pop("weights", f"weights of {checkpoint}"),
         baseline=BaselineSpec(name=baseline, parameters=fields.pop("parameters_of", {})),
         scheme=scheme,
         calibration=fields.pop("calibration", None),
         seed=fields.pop("seed", 0),
+        dtype=fields.pop("dtype", "float32"),
     )
     layers = [
         LayerReport(
@@ -131,6 +135,19 @@ def bitnet_store(root: Path) -> Store:
     scores = {n: v / 100 for n, v in zip(BITNET_TASKS, (66.3, 51.4, 38.9, 66.9), strict=True)}
     add(store, trained, scores, {"wikitext2@gptq-2048": 17.07})
     return store
+
+
+def cells(text: str) -> list[dict[str, str]]:
+    """The rows of a Markdown table by heading, without footnote marks of the headings."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    heading = [re.sub(r" \[\d+\]", "", name) for name in rows[0]]
+    return [dict(zip(heading, row, strict=True)) for row in rows[2:]]
+
+
+def numbers(text: str) -> list[dict[str, str]]:
+    """The lines of a CSV by heading."""
+    return list(csv.DictReader(io.StringIO(text)))
 
 
 def _stderr(name: str, value: float, n: int) -> float | None:

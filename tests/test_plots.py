@@ -8,7 +8,7 @@ from typing import Any
 
 import matplotlib
 import pytest
-from study_fixtures import BITNET_TASKS, add, bitnet_store, quantization
+from study_fixtures import BITNET_TASKS, add, bitnet_store, quantization, task
 
 from qbench.errors import QBenchError, RunFailed
 from qbench.study.plots import draw, plot
@@ -184,6 +184,32 @@ def test_a_point_measured_differently_is_named_and_not_on_the_best_line(store: S
     assert list(best_line(figure.axes[0]).get_ydata()) == pytest.approx([60, 55])
 
 
+def test_a_limit_that_all_points_share_is_told(store: Store) -> None:
+    model = add(store, quantization(), {"piqa": 0.7, "boolq": 0.6}, limit=100)
+    assert "Mean of boolq, piqa (0-shot, acc, limit=100)" in about(draw(stored_entries(store)))
+    add(store, model, {"hellaswag": 0.5})
+    told = about(draw(stored_entries(store)))
+    assert "(0-shot, acc);" in told and "limit=100: boolq, piqa" in told
+    text = task(model, "c4", {"perplexity": 9.0}, protocol="gptq-2048", limit=56)
+    store.save_task("opt-6.7b", model.key, text)
+    assert about(draw(stored_entries(store), "perplexity-vs-bits")) == "limit=56: c4 gptq-2048"
+
+
+def test_a_run_with_per_layer_overrides_is_pale_named_and_not_on_the_best_line(
+    store: Store,
+) -> None:
+    for scheme, score in (("W4A16", 0.6), ("W2A16", 0.55), ("W2A16;*.fc1=W8A16", 0.65)):
+        add(store, quantization(baseline="a", scheme=scheme), {"piqa": score})
+    figure = draw(stored_entries(store))
+    assert "pale, with per-layer overrides, not on the best line: a W2A16;*.fc1=W8A16" in (
+        about(figure)
+    )
+    assert list(best_line(figure.axes[0]).get_ydata()) == pytest.approx([60, 55])
+    lines = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
+    pale = {float(line.get_ydata()[0]) for line in lines if line.get_alpha() is not None}
+    assert len(lines) == 3 and pale == {65}
+
+
 def test_a_task_of_unknown_chance_draws_no_chance_line(store: Store) -> None:
     add(store, quantization(), {"piqa": 0.7, "my_own_task": 0.4})
     figure = draw(stored_entries(store))
@@ -231,6 +257,7 @@ def test_drawing_changes_no_global_setting(bitnet: Store, tmp_path: Path) -> Non
         ({"output": "a.jpg"}, r"must end in \.png, \.svg or \.pdf"),
         ({"output": "a.png", "kind": "accuracy"}, "did you mean 'accuracy-vs-bits'"),
         ({"output": "a.png", "x": "bits"}, "did you mean 'wbits'"),
+        ({"output": "a.png", "metric": "foo"}, "known: acc, acc_norm, acc_token, perplexity"),
     ],
 )
 def test_wrong_usage_names_what_is_possible(

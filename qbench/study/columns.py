@@ -1,7 +1,8 @@
 """The columns tables are made of: text, one score, the mean of several, the difference to FP16.
 
-Within a column the best PTQ row of each checkpoint and weight width is marked, where at least two
-compete and were measured alike.
+Within a column the best PTQ row of each checkpoint and W/A label is marked, where at least two
+compete and were measured alike. Rows with per-layer overrides do not compete: their label does not
+say how many bits they have.
 """
 
 from __future__ import annotations
@@ -27,6 +28,12 @@ def text_column(
 ) -> Column:
     """A column that names the rows."""
     return Column((heading,), [Cell(text(entry)) for entry in entries], numeric)
+
+
+def scheme_column(entries: Sequence[Entry]) -> Column:
+    """How weights and activations are rounded, beside the widths; nothing for published rows."""
+    column = text_column("Scheme", entries, lambda entry: entry.scheme_text or MISSING)
+    return replace(column, detail=True)
 
 
 def method_column(heading: str, entries: Sequence[Entry]) -> Column:
@@ -142,12 +149,13 @@ def _score(entry: Entry, key: Key, usual: dict[str, object], stderr: bool) -> Ce
 
 
 def _best(entries: Sequence[Entry], cells: list[Cell]) -> list[Cell]:
-    """The same cells with the best PTQ row of each checkpoint and weight width marked."""
+    """The same cells with the best PTQ row of each checkpoint and W/A label marked."""
     rivals: dict[tuple[object, object], list[int]] = defaultdict(list)
     for index, (entry, cell) in enumerate(zip(entries, cells, strict=True)):
         value = cell.measured.value if cell.measured else None
-        if entry.ptq and cell.comparable and value is not None and math.isfinite(value):
-            rivals[entry.facts["checkpoint"], entry.facts["wbits"]].append(index)
+        competes = entry.ptq and not entry.mixed and cell.comparable
+        if competes and value is not None and math.isfinite(value):
+            rivals[entry.facts["checkpoint"], entry.facts["label"]].append(index)
     marked = list(cells)
     for indices in rivals.values():
         if len(indices) < 2:
@@ -167,7 +175,7 @@ def _method(entry: Entry) -> str:
 
 def _run_notes(entry: Entry) -> tuple[str, ...]:
     facts, notes = entry.facts, []
-    where = f"{entry.method} {facts.get('label', '')} on {facts.get('checkpoint', '')}"
+    where = f"{entry.name} on {facts.get('checkpoint', '')}"
     if facts.get("fallbacks"):
         notes.append(
             f"† {where}: {facts['fallbacks']} of {facts['n_layers']} layers were rounded to "

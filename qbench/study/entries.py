@@ -59,6 +59,8 @@ class Entry:
     source: str = "measured"
     series: str = ""
     """The method name that schemes share: which points of a plot belong together."""
+    name: str = ""
+    """What notes call the row: method and widths, with the whole scheme where these are shared."""
 
     @property
     def full_precision(self) -> bool:
@@ -70,6 +72,19 @@ class Entry:
     def trained(self) -> bool:
         """Whether the low bit width was trained."""
         return bool(self.facts.get("trained"))
+
+    @property
+    def mixed(self) -> bool:
+        """Whether some matrices have a scheme of their own, so that W/A does not say it all."""
+        return bool(self.facts.get("overrides"))
+
+    @property
+    def scheme_text(self) -> str:
+        """The resolved scheme without its widths: "w=channel,grid=asym"; "" where nothing is."""
+        scheme = self.facts.get("scheme")
+        if scheme is None or Scheme.parse(scheme).is_identity:
+            return ""
+        return str(scheme).removeprefix(self.facts["label"]).lstrip(":;")
 
     @property
     def ptq(self) -> bool:
@@ -245,21 +260,39 @@ def _settings(facts: dict[str, Any]) -> dict[str, str]:
 
 def _told_apart(found: list[Entry]) -> list[Entry]:
     """Add to rows that would read the same whatever else differs between them."""
-    alike: dict[tuple[Any, ...], list[Entry]] = defaultdict(list)
+    named: dict[tuple[str, ...], list[Entry]] = defaultdict(list)
     for entry in found:
-        facts = entry.facts
-        alike[(facts["checkpoint"], facts["label"], facts["grid"], entry.method)].append(entry)
-    names = ("w_granularity", "a_granularity", "agrid", "static", "bmm", "overrides")
-    hidden = (*names, "calibration_tokens", "weights", "baseline_source", "run")
+        named[entry.facts["checkpoint"], entry.facts["label"], entry.method].append(entry)
     told = {}
-    for same in alike.values():
-        differing = [n for n in hidden if len({str(entry.facts[n]) for entry in same}) > 1]
-        if set(differing) - {"run"}:
-            differing.remove("run")  # the folder name is the last resort
+    for same in named.values():
+        schemes: dict[str, list[Entry]] = defaultdict(list)
         for entry in same:
-            extra = [f"{name}={str(entry.facts[name])[-24:]}" for name in differing]
-            told[id(entry)] = " ".join([entry.method, *extra])
-    return [replace(entry, method=told[id(entry)]) for entry in found]
+            schemes[entry.scheme_text].append(entry)
+        for alike in schemes.values():
+            extra = _differences([entry.facts for entry in alike])
+            for entry, words in zip(alike, extra, strict=True):
+                method = " ".join([entry.method, *words])
+                widths = entry.facts["scheme" if len(schemes) > 1 else "label"]
+                told[id(entry)] = replace(entry, method=method, name=f"{method} {widths}")
+    return [told[id(entry)] for entry in found]
+
+
+def _differences(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """For each of some rows that read the same, what else it has that another has not."""
+    hidden = {"quantization_dtype": "dtype", "calibration_tokens": "calibration.tokens"}
+    hidden |= {"weights": "weights", "baseline_source": "source", "run": "run"}
+    differing = [n for n in hidden if len({str(facts[n]) for facts in rows}) > 1]
+    if set(differing) - {"run"}:
+        differing.remove("run")  # the folder name is the last resort
+    return [
+        [f"{hidden[n]}={_shortened(str(facts[n]), rows, n)}" for n in differing] for facts in rows
+    ]
+
+
+def _shortened(value: str, rows: list[dict[str, Any]], name: str) -> str:
+    """The end of a hash or path, or all of it where the ends are alike."""
+    values = {str(facts[name]) for facts in rows}
+    return value[-24:] if len({other[-24:] for other in values}) == len(values) else value
 
 
 def _matches(column: Any, patterns: Sequence[str], what: str) -> Any:

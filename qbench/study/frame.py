@@ -27,7 +27,7 @@ RUN_COLUMNS = (
     *("baseline", "hyperparameters", "baseline_version", "baseline_source", "seed"),
     *("calibration_source", "calibration_seqlen", "calibration_nsamples", "calibration_seed"),
     *("calibration_tokens", "parameters", "trained", "status", "error", "n_layers", "fallbacks"),
-    *("effective_bits", "created"),
+    *("effective_bits", "quantization_dtype", "created"),
 )
 TASK_COLUMNS = (
     *("task", "protocol", "kind", "num_fewshot", "fewshot_seed", "limit", "encoding", "dtype"),
@@ -92,6 +92,7 @@ def _run_columns(record: QuantizationRecord) -> dict[str, Any]:
         "baseline_version": key.baseline.version,
         "baseline_source": key.baseline.source,
         "seed": key.seed,
+        "quantization_dtype": key.dtype,  # the one named dtype is the evaluation's
         "n_layers": len(record.layers),
     }
     for name in ("wbits", "abits", "kvbits", "group_size", "grid", "agrid", "w_granularity"):

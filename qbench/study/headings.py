@@ -27,8 +27,12 @@ def short_name(task: str) -> str:
 
 
 def chance_level(task: str) -> float | None:
-    """The share of right answers by guessing, or None where it is not known."""
-    return next((known[1] for start, known in _KNOWN.items() if task.startswith(start)), None)
+    """The share of right answers by guessing on a task, or on the papers' heading of one.
+
+    None where it is not known.
+    """
+    heading = short_name(task)
+    return next((chance for name, chance in _KNOWN.values() if name == heading), None)
 
 
 def task_order(task: str) -> tuple[int, str]:

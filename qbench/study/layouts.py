@@ -19,6 +19,7 @@ from qbench.study.columns import (
     difference_column,
     mean_column,
     method_column,
+    scheme_column,
     score_column,
     text_column,
 )
@@ -75,7 +76,7 @@ def _comparison(entries: list[Entry], options: Options) -> Sheet:
         text_column("Checkpoint", rows, _checkpoint),
         text_column("W/A", rows, lambda e: e.facts["label"]),
         method_column("Method", rows),
-        text_column("Grid", rows, _grid),
+        scheme_column(rows),
     ]
     if any(entry.facts.get("effective_bits") for entry in rows):
         columns.append(text_column("Bits/weight", rows, _effective_bits, numeric=True))
@@ -89,7 +90,7 @@ def _comparison(entries: list[Entry], options: Options) -> Sheet:
 
 def _bitnet_table3(entries: list[Entry], options: Options) -> Sheet:
     keys = _keys_of(_BITNET_TASKS, entries)
-    chosen = [key for key in keys.values() if key]
+    chosen = [key or (heading, "") for heading, key in keys.items()]
     rows, rules = _ordered(entries + _published(options, chosen))
     rows, rules = [_random(chosen), *rows], {1, *(rule + 1 for rule in rules)}
     for index in range(2, len(rows)):
@@ -99,6 +100,7 @@ def _bitnet_table3(entries: list[Entry], options: Options) -> Sheet:
         text_column("WBits", rows, _bits),
         method_column("Methods", rows),
         text_column("(W/A)", rows, lambda e: e.facts["label"]),
+        scheme_column(rows),
         text_column("PTQ", rows, lambda e: "✓" if _is_ptq(e) else "✗"),
     ]
     if len({e.facts["checkpoint"] for e in rows if e.source == "measured"}) > 1 or options.against:
@@ -111,13 +113,15 @@ def _bitnet_table3(entries: list[Entry], options: Options) -> Sheet:
 
 def _b158_table2(entries: list[Entry], options: Options) -> Sheet:
     keys = _keys_of(_B158_TASKS, entries)
-    rows = entries + _published(options, [key for key in keys.values() if key])
+    chosen = [key or (heading, "") for heading, key in keys.items()]
+    rows = entries + _published(options, chosen)
     rows.sort(key=lambda e: (e.facts["parameters"] or 0, e.trained, -e.facts["wbits"]))
     sizes = [size_text(entry.facts["parameters"]) for entry in rows]
     rules = {i for i in range(1, len(rows)) if sizes[i] != sizes[i - 1]}
     columns = [
         text_column("Models", rows, _checkpoint),
         text_column("W/A", rows, lambda e: e.facts["label"]),
+        scheme_column(rows),
         method_column("Methods", rows),
         text_column("Size", rows, lambda e: size_text(e.facts["parameters"]), numeric=True),
         *_perplexities(rows, options),
@@ -156,7 +160,11 @@ def _sheet(
     if names:
         remarks.append("Measured as: " + ", ".join(names) + ".")
     if any(cell.best for cell in cells):
-        remarks.append("Best: post-training quantized rows of one checkpoint and weight width.")
+        overrides = ", without per-layer overrides" if any(row.mixed for row in rows) else ""
+        remarks.append(
+            "Best: of the post-training quantized rows of one checkpoint with the same W/A"
+            f"{overrides}."
+        )
     facts = [row.facts | {"method": row.method, "source": row.source} for row in rows]
     return Sheet(title, columns, facts, frozenset(rules), remarks)
 
@@ -265,13 +273,3 @@ def _bits(entry: Entry) -> str:
 def _effective_bits(entry: Entry) -> str:
     bits = entry.facts.get("effective_bits")
     return f"{bits:.2f}" if bits else MISSING
-
-
-def _grid(entry: Entry) -> str:
-    """The code sets by name; the activations' own one where it is another."""
-    facts = entry.facts
-    weights = facts.get("grid") if facts["wbits"] < 16 else None
-    activations = facts.get("agrid") if facts["abits"] < 16 else None
-    if weights and activations and weights != activations:
-        return f"{weights}, A {activations}"
-    return weights or (f"A {activations}" if activations else MISSING)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from qbench.study.columns import mean_of
-from qbench.study.entries import Entry, Key, Measured, common, deviations
+from qbench.study.entries import Entry, Key, Measured, common, deviations, say
 from qbench.study.layouts import accuracy_keys, by_size, perplexity_keys
 
 X_AXES = ("wbits", "effective_bits")
@@ -37,6 +37,8 @@ class Point:
     name: str
     comparable: bool = True
     """False where it was measured differently from the rest."""
+    mixed: bool = False
+    """Whether some matrices have widths of their own, so that its place does not say it all."""
 
 
 @dataclass
@@ -48,14 +50,20 @@ class Panel:
     chance: float | None = None
     tasks: list[str] = field(default_factory=list)
     """What an accuracy is the mean of."""
+    limits: dict[str, int] = field(default_factory=dict)
+    """What was measured on its first items only -> how many."""
     remarks: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     """What a reader must know -> the runs it is about."""
 
     def best(self, lower: bool) -> list[Point]:
-        """The best finite, comparable PTQ point of each weight width, widest first."""
+        """The best finite, comparable PTQ point of each weight width, widest first.
+
+        One with per-layer overrides stands at a width that not all of its weights have.
+        """
         widths: dict[float, list[Point]] = defaultdict(list)
         for point in self.points:
-            if point.role == "ptq" and point.comparable and math.isfinite(point.y):
+            competes = point.role == "ptq" and point.comparable and not point.mixed
+            if competes and math.isfinite(point.y):
                 widths[point.wbits].append(point)
         sign = 1 if lower else -1
         best = [min(points, key=lambda point: sign * point.y) for points in widths.values()]
@@ -66,9 +74,10 @@ def accuracy_panels(entries: Sequence[Entry], x: str) -> list[Panel]:
     """One panel per checkpoint: the mean accuracy of each run over the tasks."""
     keys, rare = _common_tasks(entries)
     usual = {key: common(e.cells[key] for e in entries if key in e.cells) for key in keys}
+    limits = {key[0]: usual[key]["limit"] for key in keys if usual[key].get("limit")}
     panels = []
     for title, members in _by_checkpoint(entries).items():
-        panel = Panel(title, tasks=[key[0] for key in keys])
+        panel = Panel(title, tasks=[key[0] for key in keys], limits=limits)
         for task in rare:
             panel.remarks["not part of the mean, as few runs have it"].append(task)
         for entry in members:
@@ -90,14 +99,44 @@ def perplexity_panels(entries: Sequence[Entry], x: str) -> list[Panel]:
     panels = []
     for key in perplexity_keys(entries):
         usual = common(e.cells[key] for e in entries if key in e.cells)
+        limits = {f"{key[0]} {key[1]}": usual["limit"]} if usual.get("limit") else {}
         for title, members in _by_checkpoint(entries).items():
-            panel = Panel(f"{title}\n{key[0]}, {key[1]}")
+            panel = Panel(f"{title}\n{key[0]}, {key[1]}", limits=limits)
             for entry in members:
                 number = entry.cells.get(key)
                 if number is not None and number.value is not None:
                     _add(panel, entry, number, x, {deviations(number, usual)} - {""})
             panels.append(panel)
     return [panel for panel in panels if panel.points]
+
+
+def caption(
+    entries: Sequence[Entry], panels: Sequence[Panel], accuracy: bool, metric: str
+) -> list[str]:
+    """What the numbers are, and everything that was left out or is not like the rest."""
+    lines = []
+    limits = {name: limit for panel in panels for name, limit in panel.limits.items()}
+    if accuracy and panels and panels[0].tasks:
+        cells = [number for e in entries for key, number in e.cells.items() if not key[1]]
+        shots = sorted({c.conditions["num_fewshot"] for c in cells if c.conditions})
+        how = ["/".join(map(str, shots)) + "-shot", metric]
+        if len(set(limits.values())) == 1 and len(limits) == len(panels[0].tasks):
+            how.append(say("limit", next(iter(limits.values()))))
+            limits = {}
+        tasks = ", ".join(panels[0].tasks)
+        lines.append(f"Mean of {tasks} ({', '.join(how)}); bars: standard error.")
+    for limit in sorted(set(limits.values())):
+        names = ", ".join(name for name, own in limits.items() if own == limit)
+        lines.append(f"{say('limit', limit)}: {names}")
+    remarks: dict[str, list[str]] = {}
+    for panel in panels:
+        for text, runs in panel.remarks.items():
+            told = remarks.setdefault(text, [])
+            told += [name for name in runs if name not in told]
+    for text, runs in remarks.items():
+        more = f" and {len(runs) - 5} more" if len(runs) > 5 else ""
+        lines.append(f"{text}: {', '.join(runs[:5])}{more}")
+    return lines
 
 
 def _common_tasks(entries: Sequence[Entry]) -> tuple[list[Key], list[str]]:
@@ -118,6 +157,8 @@ def _add(panel: Panel, entry: Entry, number: Measured, x: str, different: set[st
     if different:
         how = f"measured differently ({', '.join(sorted(different))})"
         panel.remarks[how].append(_name(entry))
+    if entry.mixed and entry.ptq:
+        panel.remarks["pale, with per-layer overrides, not on the best line"].append(_name(entry))
     role = "trained" if entry.trained else "full precision" if entry.full_precision else "ptq"
     name = facts["checkpoint"] if entry.trained else facts["label"]
     panel.points.append(
@@ -131,6 +172,7 @@ def _add(panel: Panel, entry: Entry, number: Measured, x: str, different: set[st
             abits=facts["abits"],
             name=name,
             comparable=not different,
+            mixed=entry.mixed,
         )
     )
 
@@ -161,4 +203,4 @@ def _nearest(size: int | None, sizes: dict[str, int | None]) -> list[str]:
 def _name(entry: Entry) -> str:
     if entry.trained:
         return str(entry.facts["checkpoint"])
-    return f"{entry.method} {entry.facts['label']}"
+    return entry.name

@@ -2,8 +2,9 @@
 
 Hollow markers are quantized weights with 16-bit activations, half-filled ones have quantized
 activations too, filled stars were trained at their width. The line joins the best post-training
-point of each weight width. With ``wbits`` on the axis, methods are set a little apart so that they
-do not hide each other. A perplexity that is infinite or NaN stands in a band at the top.
+point of each weight width; runs with per-layer overrides are pale and never on it. With ``wbits``
+on the axis, methods are set a little apart so that they do not hide each other. A perplexity that
+is infinite or NaN stands in a band at the top.
 
 Drawn with the object interface: no pyplot and no lasting change of matplotlib's settings. The same
 store gives the same bytes. Left out on purpose: choosing colours and sizes; take the Figure that
@@ -20,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 from qbench.errors import QBenchError, RunFailed, unknown
 from qbench.study.entries import Entry
-from qbench.study.panels import X_AXES, Panel, Point, accuracy_panels, perplexity_panels
+from qbench.study.panels import X_AXES, Panel, Point, accuracy_panels, caption, perplexity_panels
 from qbench.study.store import Store
-from qbench.study.tables import stored_entries
+from qbench.study.tables import METRICS, stored_entries
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -80,7 +81,7 @@ def plot(
         kind: ``accuracy-vs-bits`` or ``perplexity-vs-bits``.
         output: a .png, .svg or .pdf file; its folder is made if need be.
         x: ``wbits`` or ``effective_bits``.
-        metric: ``acc``, ``acc_norm`` or ``acc_token``.
+        metric: ``acc``, ``acc_norm`` or ``acc_token``; ``perplexity`` chooses the kind.
         width_in: width of the figure in inches; None fits the number of panels.
         checkpoints: filters, this and the next four, as in :func:`qbench.study.tables.table`.
         baselines: methods.
@@ -92,14 +93,16 @@ def plot(
         QBenchError: for an unknown name, an empty store or nothing to draw.
         RunFailed: if the file cannot be written.
     """
-    from matplotlib import style
-
-    output, suffix = Path(output), Path(output).suffix.lower()
-    if suffix not in SUFFIXES:
+    output = Path(output)
+    if output.suffix.lower() not in SUFFIXES:
         raise QBenchError(
             f"cannot draw {output.name!r}: the name must end in {', '.join(SUFFIXES[:-1])} "
             f"or {SUFFIXES[-1]}"
         )
+    if metric == "perplexity":
+        kind, metric = KINDS[1], METRICS[0]
+    elif metric not in METRICS:
+        raise unknown("metric", metric, (*METRICS, "perplexity"))
     entries = stored_entries(
         store,
         metric,
@@ -110,13 +113,7 @@ def plot(
         num_fewshot=num_fewshot,
     )
     figure = draw(entries, kind, x=x, metric=metric, width_in=width_in)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with style.context(["default", _SETTINGS]):
-            figure.savefig(output, format=suffix[1:], dpi=220, metadata=_NO_DATE[suffix])
-    except OSError as error:
-        reason = error.strerror or error
-        raise RunFailed(f"cannot write {output} ({reason}); name another file") from error
+    _save(figure, output)
     return output
 
 
@@ -142,12 +139,12 @@ def draw(
         raise unknown("x axis", x, X_AXES)
     accuracy = kind == "accuracy-vs-bits"
     panels = accuracy_panels(entries, x) if accuracy else perplexity_panels(entries, x)
-    about = _about(entries, panels, accuracy, metric)
+    about = caption(entries, panels, accuracy, metric)
     panels = [panel for panel in panels if panel.points]
     if not panels:
         what = "accuracies" if accuracy else "perplexities"
         why = "; ".join(about) or f"no run has {what}"
-        raise QBenchError(f"nothing to draw: {why}; measure more, or choose with --tasks")
+        raise QBenchError(f"nothing to draw: {why}; measure more, or choose with --task")
     columns = min(len(panels), 3)
     rows = math.ceil(len(panels) / columns)
     width = width_in or (5.2 if columns == 1 else 3.3 * columns)
@@ -165,6 +162,19 @@ def draw(
         lines = _legend(figure, panels, styles, about, accuracy, width)
         figure.set_size_inches(width, 2.9 * rows + 0.17 * lines + 0.3)
     return figure
+
+
+def _save(figure: Figure, output: Path) -> None:
+    from matplotlib import style
+
+    suffix = output.suffix.lower()
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with style.context(["default", _SETTINGS]):
+            figure.savefig(output, format=suffix[1:], dpi=220, metadata=_NO_DATE[suffix])
+    except OSError as error:
+        reason = error.strerror or error
+        raise RunFailed(f"cannot write {output} ({reason}); name another file") from error
 
 
 def _draw_panel(
@@ -307,7 +317,8 @@ def _look(point: Point, styles: dict[str, dict[str, Any]]) -> dict[str, Any]:
         return {"color": _TRAINED, "marker": "*", "markersize": 12}
     if point.role == "full precision":
         return {"color": "black", "marker": "o", "markersize": 5}
-    return styles[point.series] | _filled(point.abits, styles[point.series]["color"])
+    look = styles[point.series] | _filled(point.abits, styles[point.series]["color"])
+    return look | {"alpha": 0.4} if point.mixed else look
 
 
 def _filled(abits: int, color: str) -> dict[str, Any]:
@@ -364,25 +375,3 @@ def _legend(
         title="\n".join(title), title_fontsize=7,
     )  # fmt: skip
     return math.ceil(len(entries) / columns) + len(title)
-
-
-def _about(
-    entries: Sequence[Entry], panels: Sequence[Panel], accuracy: bool, metric: str
-) -> list[str]:
-    """What the numbers are, and everything that was left out or is not like the rest."""
-    lines = []
-    if accuracy and panels and panels[0].tasks:
-        cells = [number for e in entries for key, number in e.cells.items() if not key[1]]
-        shots = sorted({c.conditions["num_fewshot"] for c in cells if c.conditions})
-        how = "/".join(map(str, shots)) + "-shot"
-        tasks = ", ".join(panels[0].tasks)
-        lines.append(f"Mean of {tasks} ({how}, {metric}); bars: standard error.")
-    remarks: dict[str, list[str]] = {}
-    for panel in panels:
-        for text, names in panel.remarks.items():
-            told = remarks.setdefault(text, [])
-            told += [name for name in names if name not in told]
-    for text, names in remarks.items():
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        lines.append(f"{text}: {', '.join(names[:5])}{more}")
-    return lines

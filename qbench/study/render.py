@@ -11,6 +11,7 @@ import html
 import io
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qbench.study.sheet import Column, Sheet
@@ -30,6 +31,7 @@ _FACTS = (
         "n_layers",
         "fallbacks",
         "seed",
+        "quantization_dtype",
     ),
     *("calibration_source", "calibration_nsamples", "calibration_seqlen", "calibration_seed"),
 )
@@ -172,14 +174,17 @@ def tidy_csv(sheet: Sheet) -> str:
 
 
 def terminal(sheet: Sheet, width: int = 100) -> str:
-    """Plain text; a table too wide for the terminal continues below, its row names repeated."""
+    """Plain text; a table too wide for the terminal continues below, its row names repeated.
+
+    Details of the rows fold at their commas, so that numbers keep most of the width.
+    """
     from rich.console import Console
     from rich.text import Text
 
     text = io.StringIO()
     console = Console(file=text, width=width, color_system=None, force_terminal=False)
     console.print(Text(sheet.title))
-    for columns in _pieces(sheet, width):
+    for columns in _pieces(_folded(sheet.columns, width), width):
         console.print()
         console.print(_rich_table(sheet, columns))
     console.print()
@@ -212,29 +217,61 @@ def _rich_table(sheet: Sheet, columns: list[Column]) -> Table:
     return table
 
 
-def _pieces(sheet: Sheet, width: int) -> list[list[Column]]:
+def _folded(columns: list[Column], width: int) -> list[Column]:
+    """The same columns with details folded as far as the others need the room."""
+    others = sum(_width(column) for column in columns if not (column.numeric or column.detail))
+    widest = max((_width(column) for column in columns if column.numeric), default=0)
+    room = max(18, min(width // 3, width - others - widest - 2))  # holds "agrid=restricted"
+
+    def folded(column: Column) -> Column:
+        cells = [replace(cell, text=_fold(cell.text, room)) for cell in column.cells]
+        return replace(column, cells=cells) if column.detail else column
+
+    return [folded(column) for column in columns]
+
+
+def _fold(text: str, width: int) -> str:
+    lines = [""]
+    for part in re.split(r"(?<=[,; ])", text):
+        if lines[-1] and len(lines[-1] + part.rstrip()) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _pieces(everything: list[Column], width: int) -> list[list[Column]]:
     """Columns in pieces that fit the width; every piece begins with the columns that name rows."""
-    names = [column for column in sheet.columns if not column.numeric]
-    room = width - sum(map(_width, names))
-    pieces: list[list[Column]] = [[]]
-    left = room
-    for column in (column for column in sheet.columns if column.numeric):
-        if _width(column) > left and pieces[-1]:
-            pieces.append([])
-            left = room
-        pieces[-1].append(column)
+    names = [column for column in everything if not column.numeric]
+    pieces = [names]
+    left = width - sum(map(_width, names))
+    for column in (column for column in everything if column.numeric):
+        if _width(column) > left and len(pieces[-1]) > len(names):
+            names = _repeated(names)
+            pieces.append(names)
+            left = width - sum(map(_width, names))
+        pieces[-1] = [*pieces[-1], column]
         left -= _width(column)
-    return [
-        [column for column in sheet.columns if column in names or column in piece]
-        for piece in pieces
-    ]
+    return [[column for column in everything if column in piece] for piece in pieces]
+
+
+def _repeated(names: list[Column]) -> list[Column]:
+    """The name columns that a further piece repeats: no details where the others are enough."""
+
+    def told_apart(columns: list[Column]) -> int:
+        return len(set(zip(*([cell.text for cell in c.cells] for c in columns), strict=True)))
+
+    fewer = [column for column in names if not column.detail]
+    return fewer if told_apart(fewer) == told_apart(names) else names
 
 
 def _width(column: Column) -> int:
     """Upper bound of a column's width in the terminal: marks and padding included."""
     heading = [len(line) for line in column.heading]
     heading[-1] += 4 * len(column.notes)
-    cells = [len(cell.text) + cell.best + 4 * len(cell.notes) for cell in column.cells]
+    cells = [
+        max(map(len, cell.text.split("\n"))) + cell.best + 4 * len(cell.notes)
+        for cell in column.cells
+    ]
     return max([*heading, *cells]) + 2
 
 

@@ -36,6 +36,8 @@ class Column:
     cells: list[Cell]
     numeric: bool = True
     notes: tuple[str, ...] = ()
+    detail: bool = False
+    """Whether it is not said again where a table continues below, unless rows would read alike."""
 
 
 @dataclass(frozen=True)
