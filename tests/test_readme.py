@@ -78,3 +78,12 @@ def test_every_command_the_readme_names_exists():
     commands = set(re.findall(r"^(?:\$ )?qbench (\w+)", shown, flags=re.MULTILINE))
     offered = {c.name or c.callback.__name__ for c in app.registered_commands}
     assert commands and commands <= offered
+
+
+def test_the_readmes_python_runs(tmp_path, capsys):
+    [code] = [b for b in blocks("python") if "load_checkpoint" in b]
+    checkpoint = tiny_checkpoint(tmp_path / "tiny")
+    code = code.replace("models/stories260K", str(checkpoint))
+    code = code.replace('"DATA"', repr(str(ROOT / "tests" / "data")))
+    exec(compile(code, "README.md", "exec"), {})
+    assert "perplexity" in capsys.readouterr().out
