@@ -147,7 +147,7 @@ class TaskResult:
     n_items: int
     """Questions, windows or documents scored."""
     details: dict[str, Any] = field(default_factory=dict)
-    items: dict[str, Any] = field(default_factory=dict)
+    items: dict[str, Any] = field(default_factory=dict, repr=False)
     """Columns of the per-item table (equally long lists or arrays); never texts."""
 
 
