@@ -23,7 +23,6 @@ from qbench import Baseline, QuantizedWeight, Scheme, Statistics, round_to_neare
 class Absmax(Baseline):
     """Round to nearest on a symmetric grid scaled by the absolute maximum."""
 
-    summary: ClassVar[str] = "absolute-maximum scaling, per tensor as in LLM.int8 and BitNet"
     is_random: ClassVar[bool] = False
     activation_granularity: ClassVar[str] = "tensor"
 

@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 class GPTQ(Baseline):
     """Second-order rounding with error feedback along the input channels."""
 
-    summary: ClassVar[str] = "column-wise rounding with second-order error feedback"
     is_random: ClassVar[bool] = False
     weight_statistics: ClassVar[tuple[str, ...]] = ("hessian",)
 

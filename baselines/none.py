@@ -14,7 +14,6 @@ from qbench import Baseline, Scheme, Statistics
 class NoQuantization(Baseline):
     """Weights as they are. Every comparison reruns this row in its own environment."""
 
-    summary: ClassVar[str] = "weights as they are: the FP16 row, or activations alone"
     is_random: ClassVar[bool] = False
 
     def supports(self, scheme: Scheme) -> str | None:

@@ -42,7 +42,6 @@ ROTATIONS = ("butterfly", "kronecker")
 class QuIP(Baseline):
     """Incoherence processing and LDLQ."""
 
-    summary: ClassVar[str] = "LDLQ rounding after random rotations (incoherence processing)"
     weight_statistics: ClassVar[tuple[str, ...]] = ("hessian",)
     on_grid: ClassVar[bool] = False
 

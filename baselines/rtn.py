@@ -17,7 +17,6 @@ from qbench import Baseline, QuantizedWeight, Scheme, Statistics, round_to_neare
 class RTN(Baseline):
     """Round every weight to the nearest code of its row."""
 
-    summary: ClassVar[str] = "round to nearest, per row, asymmetric (GPTQ's and QuIP's RTN rows)"
     is_random: ClassVar[bool] = False
 
     mse: bool = False

@@ -39,7 +39,6 @@ SMALLEST = 1e-5
 class SmoothQuant(Baseline):
     """Absmax after smoothing; per output channel and per token as in the released code."""
 
-    summary: ClassVar[str] = "activation outliers folded into the weights, then absmax"
     is_random: ClassVar[bool] = False
     transform_statistics: ClassVar[tuple[str, ...]] = ("absmax",)
     calibrate_on: ClassVar[str] = "full_precision"

@@ -63,8 +63,6 @@ class Baseline(ABC):
 
     version: ClassVar[int] = 1
     """Raise it when results change: it is part of every key in the store."""
-    summary: ClassVar[str] = ""
-    """One line for ``qbench list baselines``."""
     transform_statistics: ClassVar[tuple[str | type[Observer], ...]] = ()
     """Observers whose results ``transform`` reads: "absmax", "mean_abs", "hessian", or a class."""
     weight_statistics: ClassVar[tuple[str | type[Observer], ...]] = ()
