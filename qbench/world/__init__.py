@@ -1,0 +1,1 @@
+"""The bundled world: a small English-like world, its corpus, questions and trained twins."""
