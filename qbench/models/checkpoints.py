@@ -11,21 +11,28 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qbench.errors import QBenchError
+from qbench.models import files
+from qbench.models.checks import (
+    check_causal,
+    check_device,
+    check_dtype,
+    check_finite,
+    check_tensors,
+    quiet,
+)
+from qbench.models.files import first_line
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 CAUSAL = ("ForCausalLM", "LMHeadModel", "DoubleHeadsModel")
-DTYPES = ("float32", "bfloat16", "float16")
 _VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -52,20 +59,12 @@ class Checkpoint:
     @cached_property
     def config(self) -> dict[str, Any]:
         """``config.json``."""
-        return _read_json(self.folder / "config.json")
+        return files.read_json(self.folder / "config.json")
 
     @cached_property
     def weight_files(self) -> list[Path]:
-        """The files transformers reads: one, or the shards that the index names.
-
-        Other copies of the weights in the folder (``consolidated.safetensors``) are none of them.
-        """
-        name = "pytorch_model.bin" if self.pickled else "model.safetensors"
-        index = self.folder / f"{name}.index.json"
-        if (self.folder / name).is_file() or not index.is_file():
-            return [path for path in [self.folder / name] if path.is_file()]
-        shards = _read_json(index).get("weight_map") or {}
-        return sorted({self.folder / str(shard) for shard in shards.values()})
+        """The files transformers reads."""
+        return files.weight_files(self.folder, self.pickled)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -76,7 +75,7 @@ class Checkpoint:
         for path in [*self.weight_files, *(self.folder / n for n in _TOKENIZER_FILES)]:
             if path.is_file():
                 digest.update(path.name.encode())
-                digest.update(_file_sha256(path))
+                digest.update(files.sha256(path))
         return digest.hexdigest()
 
     @property
@@ -88,7 +87,7 @@ class Checkpoint:
         """Shape of every stored tensor; empty for pickles, whose headers cannot be read alone."""
         found: dict[str, list[int]] = {}
         for path in [] if self.pickled else self.weight_files:
-            found |= {name: entry["shape"] for name, entry in _header(path).items()}
+            found |= {name: entry["shape"] for name, entry in files.header(path).items()}
         return found
 
     @cached_property
@@ -103,7 +102,7 @@ class Checkpoint:
 
         from qbench.models.blocks import find_blocks
 
-        with torch.device("meta"), _quiet():
+        with torch.device("meta"), quiet():
             model = AutoModelForCausalLM.from_config(self.load_config())
         found = {}
         for block_name, block in find_blocks(model):
@@ -125,11 +124,11 @@ class Checkpoint:
         from transformers import AutoConfig
 
         try:
-            with _quiet():
+            with quiet():
                 return AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
         except Exception as error:  # transformers raises many kinds for a configuration it rejects
             raise QBenchError(
-                f"transformers cannot read the config.json of {self.name} ({_first_line(error)})"
+                f"transformers cannot read the config.json of {self.name} ({first_line(error)})"
             ) from error
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -141,11 +140,11 @@ class Checkpoint:
         from transformers import AutoTokenizer
 
         try:
-            with _quiet():
+            with quiet():
                 return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
         except Exception as error:  # transformers raises many kinds for a broken tokenizer
             raise QBenchError(
-                f"{self.name} has no tokenizer that can be read ({_first_line(error)}); "
+                f"{self.name} has no tokenizer that can be read ({first_line(error)}); "
                 f"put tokenizer.json into {self.folder}"
             ) from error
 
@@ -164,7 +163,7 @@ class Checkpoint:
         check_dtype(dtype)
         check_device(device)
         try:
-            with _quiet():
+            with quiet():
                 loaded: Any = AutoModelForCausalLM.from_pretrained(
                     self.folder,
                     dtype=getattr(torch, dtype),
@@ -179,46 +178,15 @@ class Checkpoint:
                 "opened; convert them to safetensors where you trust them"
             ) from error
         except Exception as error:  # a corrupt file surfaces as many kinds
-            raise QBenchError(f"cannot load {self.name}: {_first_line(error)}") from error
+            raise QBenchError(f"cannot load {self.name}: {first_line(error)}") from error
         model, info = loaded
-        self._check_loaded(model, info)
-        model = model.to(torch.device(device)).eval().requires_grad_(False)
-        self._check_causal(model)
-        return model
-
-    def _check_loaded(self, model: torch.nn.Module, info: dict[str, Any]) -> None:
-        import torch
-
-        for kind, why in (
-            ("missing_keys", "lacks tensors, which would be left random"),
-            ("mismatched_keys", "has tensors of another shape than its config.json says"),
-            ("unexpected_keys", "has tensors its model class ignores, so it would run without"),
-        ):
-            names = sorted(k if isinstance(k, str) else str(k[0]) for k in info.get(kind) or ())
-            if names:
-                shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
-                raise QBenchError(f"{self.name} {why}: {shown}")
+        kinds = ("missing_keys", "mismatched_keys", "unexpected_keys")
+        check_tensors(self.name, *(_names(info.get(kind) or ()) for kind in kinds))
         for name, parameter in model.named_parameters():
-            if not torch.isfinite(parameter).all():
-                raise QBenchError(f"{self.name}: {name} contains NaN or infinite weights")
-
-    def _check_causal(self, model: PreTrainedModel) -> None:
-        """Refuse a model in which a later token changes what is said about earlier ones."""
-        import torch
-
-        last = model.get_input_embeddings().num_embeddings - 1  # type: ignore[operator]
-        ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=model.device).clamp(max=last)
-        try:
-            with torch.no_grad():
-                ahead, other = model(input_ids=ids).logits[:, :-1].float()
-        except Exception as error:  # whatever a model raises that does not fit its own weights
-            raise QBenchError(f"{self.name} does not run: {_first_line(error)}") from error
-        tolerance = 1e-4 if model.dtype == torch.float32 else 2e-2
-        if (ahead - other).abs().max() > tolerance * ahead.abs().max():
-            raise QBenchError(
-                f"{self.name} ({type(model).__name__}) is no causal language model: its attention "
-                "looks ahead; qbench measures next-token prediction"
-            )
+            check_finite(self.name, name, parameter)
+        model = model.to(torch.device(device)).eval().requires_grad_(False)
+        check_causal(self.name, model)
+        return model
 
 
 def find_checkpoint(name: str, *, allow_pickle: bool = False) -> Checkpoint:
@@ -236,14 +204,15 @@ def find_checkpoint(name: str, *, allow_pickle: bool = False) -> Checkpoint:
     if not local:
         if folder.exists():
             raise QBenchError(f"{name} is a file; give the folder that holds config.json")
-        folder = _download(name, allow_pickle)
+        folder = files.download(name, allow_pickle)
     checkpoint = Checkpoint(folder.resolve().name if local else name, folder)
     if not (folder / "config.json").is_file():
         raise QBenchError(f"{folder} is no checkpoint: it has no config.json")
     _check_architecture(checkpoint)
     if not checkpoint.weight_files:
         checkpoint = _pickled(checkpoint, allow_pickle)
-    _check_files(checkpoint)
+    files.check_present(checkpoint.weight_files)
+    checkpoint.shapes()  # refuses damaged safetensors before anything takes time
     return checkpoint
 
 
@@ -257,26 +226,6 @@ def load_checkpoint(
     """
     checkpoint = find_checkpoint(name)
     return checkpoint.load_model(dtype, device), checkpoint.load_tokenizer()
-
-
-def check_dtype(dtype: str) -> None:
-    """Raise a QBenchError for a compute dtype that is not offered."""
-    if dtype not in DTYPES:
-        raise QBenchError(f"dtype {dtype!r} is not offered; choose one of {', '.join(DTYPES)}")
-
-
-def check_device(device: str) -> None:
-    """Raise a QBenchError for a device that this machine, or this torch, does not have."""
-    import torch
-
-    try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        have = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        have += ["mps"] if torch.backends.mps.is_available() else []
-        raise QBenchError(
-            f"cannot use device {device!r}; this machine and this torch have {', '.join(have)}"
-        ) from error
 
 
 def _pickled(checkpoint: Checkpoint, allow_pickle: bool) -> Checkpoint:
@@ -297,42 +246,9 @@ def _pickled(checkpoint: Checkpoint, allow_pickle: bool) -> Checkpoint:
     return pickled
 
 
-def _check_files(checkpoint: Checkpoint) -> None:
-    """Refuse missing shards and damaged safetensors before anything takes time."""
-    for path in checkpoint.weight_files:
-        if not path.is_file():
-            raise QBenchError(f"{path} is missing, though the index beside it names it")
-    checkpoint.shapes()
-
-
-def _header(path: Path) -> dict[str, Any]:
-    """What a safetensors file holds: tensor name -> dtype, shape and place in the file."""
-    try:
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size)) if size < 10**8 else {}
-        header.pop("__metadata__", None)
-        promised = 8 + size + max(entry["data_offsets"][1] for entry in header.values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise QBenchError(
-            f"{path} cannot be read as safetensors; it is damaged or cut short, fetch it again"
-        ) from error
-    if path.stat().st_size != promised:
-        raise QBenchError(
-            f"{path} has {path.stat().st_size} bytes where its header promises {promised}; it is "
-            "cut short or damaged, fetch it again"
-        )
-    return header
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise QBenchError(f"cannot read {path}: {error}") from error
-    if not isinstance(found, dict):
-        raise QBenchError(f"cannot read {path}: it holds no JSON object")
-    return found
+def _names(keys: Iterable[Any]) -> list[str]:
+    """Names of tensors in transformers' loading report; with a mismatch come its shapes."""
+    return [key if isinstance(key, str) else str(key[0]) for key in keys]
 
 
 def _check_architecture(checkpoint: Checkpoint) -> None:
@@ -350,50 +266,3 @@ def _check_architecture(checkpoint: Checkpoint) -> None:
             f"(quant_method={quantized.get('quant_method', 'unknown')}); give its full-precision "
             "original"
         )
-
-
-def _download(name: str, allow_pickle: bool) -> Path:
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    patterns = ["*.json", "*.safetensors", "tokenizer*", "*.txt", "*.model"]
-    patterns += ["*.bin"] if allow_pickle else []
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except HFValidationError:
-        raise QBenchError(f"no such checkpoint folder: {name}") from None
-    except Exception as error:  # the Hub client raises many kinds, all meaning "not to be had"
-        if constants.HF_HUB_OFFLINE:
-            raise QBenchError(
-                f"no folder {name!r} here, nor in the Hub cache; HF_HUB_OFFLINE is set, so the Hub "
-                "was not asked"
-            ) from error
-        raise QBenchError(
-            f"no folder {name!r} here, and the Hub does not give it ({_first_line(error)})"
-        ) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers from explaining at length what qbench then says in one line."""
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-
-
-def _file_sha256(path: Path) -> bytes:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.digest()
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else ''}"[:300]

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qbench.errors import QBenchError, RunFailed
-from qbench.models.checkpoints import check_device, check_dtype, find_checkpoint
+from qbench.models.checkpoints import find_checkpoint
+from qbench.models.checks import check_device, check_dtype
 from qbench.progress import Reporter
 from qbench.record import QuantizationRecord, TaskRecord
 from qbench.registry import load_baseline
