@@ -8,8 +8,8 @@ from qbench.errors import QBenchError
 from qbench.study import reference
 
 
-def test_both_papers_are_there() -> None:
-    assert {"bitnet-table3", "b158-table2"} <= set(reference.names())
+def test_the_papers_tables_and_scaling_curves_are_there() -> None:
+    assert reference.names() == ["b158-table2", "bitnet-scaling", "bitnet-table3"]
 
 
 def test_an_unknown_table_names_the_known_ones() -> None:
@@ -66,3 +66,42 @@ def test_published_accuracies_stand_under_the_measured_task_of_the_same_name() -
     assert bitnet.cells["wsc273", ""].value == pytest.approx(0.663)
     assert ("piqa", "") not in bitnet.cells
     assert bitnet.cells["validation", "bitnet-validation"].value == 17.07
+
+
+def test_the_scaling_curves_end_in_the_row_of_table_3() -> None:
+    """6.7B is in both: perplexity = 2^loss to the printed digits, and the average of four tasks."""
+    scaling = reference.load("bitnet-scaling")
+    table3 = reference.load("bitnet-table3")
+    for method, label in (("Transformer", "W16A16"), ("BitNet", "W1A8")):
+        own = scaling[(scaling["method"] == method) & (scaling["parameters"] == 6_700_000_000)]
+        other = table3[(table3["method"] == method) & (table3["label"] == label)]
+        loss = own.loc[own["metric"] == "loss", "value"].item()
+        printed = other.loc[other["metric"] == "perplexity", "value"].item()
+        assert 2**loss == pytest.approx(printed, abs=0.006)
+        average = own.loc[own["metric"] == "acc_token", "value"].item()
+        assert average == pytest.approx(
+            other.loc[other["task"] == "average", "value"].item(), abs=0.06
+        )
+
+
+def test_the_scaling_curves_have_six_transformers_and_eight_bitnets_in_order() -> None:
+    table = reference.load("bitnet-scaling")
+    for metric, sign in (("loss", -1), ("acc_token", 1)):
+        for method, count in (("Transformer", 6), ("BitNet", 8)):
+            rows = table[(table["metric"] == metric) & (table["method"] == method)]
+            assert len(rows) == count and rows["parameters"].is_monotonic_increasing
+            assert (sign * rows["value"]).is_monotonic_increasing
+
+
+def test_a_published_loss_is_a_perplexity_and_says_whether_the_papers_curve_has_it() -> None:
+    entries = reference.entries("bitnet-scaling", [])
+    own = {(e.method, e.facts["parameters"]): e for e in entries}
+    bitnet = own["BitNet", 1_300_000_000]
+    # 20.34 is the perplexity the paper prints for its 1.3B BitNet
+    number = bitnet.cells["validation", "bitnet-validation"]
+    assert number.kind == "perplexity" and number.value == pytest.approx(20.34, abs=0.005)
+    assert bitnet.cells["average", ""].value == pytest.approx(0.523)
+    assert [e.facts["parameters"] for e in entries if not e.facts["fitted"]] == [
+        *(13_000_000_000, 30_000_000_000),
+    ]
+    assert all(entry.facts["fitted"] for entry in reference.entries("bitnet-table3", []))

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from qbench.errors import QBenchError, unknown
 from qbench.scheme import Scheme
 from qbench.study.frame import RUN_COLUMNS, TASK_COLUMNS
+from qbench.study.headings import task_order
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -46,6 +47,8 @@ class Measured:
     conditions: dict[str, Any] = field(default_factory=dict)
     """How it was measured; empty for a published number."""
     notes: tuple[str, ...] = ()
+    also: dict[str, tuple[float, float | None]] = field(default_factory=dict)
+    """Every metric of the same measurement: name -> (value, standard error)."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,22 @@ def entries(table: DataFrame, metric: str = "acc") -> list[Entry]:
     return _named(found)
 
 
+def accuracy_keys(entries: Sequence[Entry]) -> list[Key]:
+    """The accuracy columns of measured rows, in the papers' order."""
+    keys = {key for e in entries if e.source == "measured" for key in e.cells if not key[1]}
+    return sorted(keys, key=lambda key: task_order(key[0]))
+
+
+def perplexity_keys(entries: Sequence[Entry]) -> list[Key]:
+    """The perplexity columns: one per text and protocol."""
+    return sorted({key for entry in entries for key in entry.cells if key[1]})
+
+
+def by_size(entry: Entry) -> tuple[int, str]:
+    """Sort key of checkpoints: smallest first, unknown sizes before."""
+    return entry.facts["parameters"] or 0, entry.facts["checkpoint"]
+
+
 def common(measured: Iterable[Measured]) -> dict[str, Any]:
     """For each condition, the value most numbers of a column share."""
     numbers = [number for number in measured if number.conditions]
@@ -183,12 +202,14 @@ def _cells(
     candidates: dict[Key, list[tuple[tuple[Any, ...], Measured]]] = defaultdict(list)
     for same in records.values():
         row = _wanted(same, metric)
+        also = {r["metric"]: (r["value"], r["stderr"]) for r in same if r["value"] is not None}
         assumed = "accuracy" if row["protocol"] == "lm-eval" else "perplexity"
         kind = row["kind"] or kinds.get((row["task"], row["protocol"]), assumed)
         key = (row["task"], row["protocol"] if kind == "perplexity" else "")
         # finished before failed, then the most items, the fewest shots, the newest
         rank = (row["task_status"] == "ok", row["n_items"] or 0, -row["num_fewshot"])
-        candidates[key].append(((*rank, row["task_created"] or ""), _measured(row, kind)))
+        measured = replace(_measured(row, kind), also=also)
+        candidates[key].append(((*rank, row["task_created"] or ""), measured))
     return {key: _first(sorted(c, key=lambda pair: pair[0])) for key, c in candidates.items()}
 
 

@@ -23,8 +23,15 @@ from qbench.study.columns import (
     score_column,
     text_column,
 )
-from qbench.study.entries import Entry, Key, Measured
-from qbench.study.headings import chance_level, short_name, task_order
+from qbench.study.entries import (
+    Entry,
+    Key,
+    Measured,
+    accuracy_keys,
+    by_size,
+    perplexity_keys,
+)
+from qbench.study.headings import chance_level, short_name
 from qbench.study.sheet import MISSING, Column, Sheet, size_text
 
 _BITNET_TASKS = ("WG", "WGe", "HS", "SC")
@@ -51,22 +58,6 @@ def lay_out(layout: str, entries: Sequence[Entry], options: Options) -> Sheet:
     if layout not in LAYOUTS:
         raise unknown("layout", layout, LAYOUTS)
     return LAYOUTS[layout](list(entries), options)
-
-
-def accuracy_keys(entries: Sequence[Entry]) -> list[Key]:
-    """The accuracy columns of measured rows, in the papers' order."""
-    keys = {key for e in entries if e.source == "measured" for key in e.cells if not key[1]}
-    return sorted(keys, key=lambda key: task_order(key[0]))
-
-
-def perplexity_keys(entries: Sequence[Entry]) -> list[Key]:
-    """The perplexity columns: one per text and protocol."""
-    return sorted({key for entry in entries for key in entry.cells if key[1]})
-
-
-def by_size(entry: Entry) -> tuple[int, str]:
-    """Sort key of checkpoints: smallest first, unknown sizes before."""
-    return entry.facts["parameters"] or 0, entry.facts["checkpoint"]
 
 
 def _comparison(entries: list[Entry], options: Options) -> Sheet:

@@ -15,8 +15,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from qbench.study.columns import mean_of
-from qbench.study.entries import Entry, Key, Measured, common, deviations, say
-from qbench.study.layouts import accuracy_keys, by_size, perplexity_keys
+from qbench.study.entries import (
+    Entry,
+    Key,
+    Measured,
+    accuracy_keys,
+    by_size,
+    common,
+    deviations,
+    perplexity_keys,
+    say,
+)
 
 X_AXES = ("wbits", "effective_bits")
 

@@ -17,9 +17,11 @@ from qbench.study.headings import short_name
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+_PREDICTIONS = ("perplexity", "loss")
+
 
 def names() -> list[str]:
-    """The published tables there are: "b158-table2", "bitnet-table3"."""
+    """The published tables there are: "b158-table2", "bitnet-scaling", "bitnet-table3"."""
     folder = files("qbench_results") / "reference"
     found = [path.name for path in folder.iterdir() if path.name.endswith(".csv")]
     return sorted(name.removesuffix(".csv").replace("_", "-") for name in found)
@@ -62,17 +64,20 @@ def entries(name: str, keys: list[Key]) -> list[Entry]:
 
 
 def _columns(line: dict[str, Any], keys: list[Key]) -> list[Key]:
-    if line["metric"] == "perplexity":
+    if line["metric"] in _PREDICTIONS:
         return [(line["task"], line["protocol"])]
     matching = [key for key in keys if short_name(key[0]) == short_name(line["task"])]
     return matching or [(line["task"], "")]
 
 
 def _measured(line: dict[str, Any]) -> Measured:
+    value = float(line["value"])
+    if line["metric"] == "loss":  # in bits per token
+        return Measured(line["task"], "perplexity", "perplexity", 2**value)
+    if line["metric"] == "perplexity":
+        return Measured(line["task"], "perplexity", "perplexity", value)
     percent = line["unit"] == "percent"
-    kind = "perplexity" if line["metric"] == "perplexity" else "accuracy"
-    value = float(line["value"]) / (100 if percent else 1)
-    return Measured(line["task"], kind, line["metric"], value)
+    return Measured(line["task"], "accuracy", line["metric"], value / (100 if percent else 1))
 
 
 def _facts(line: dict[str, Any]) -> dict[str, Any]:
@@ -85,5 +90,6 @@ def _facts(line: dict[str, Any]) -> dict[str, Any]:
         "parameters": int(line["parameters"]),
         "trained": line["trained"] == "yes",
         "status": "ok",
+        "fitted": line.get("fitted") != "no",  # whether the paper's own curve was fitted on it
         "reference": f"{line['paper']}, arXiv {line['arxiv']}, {line['table']}",
     }
