@@ -1,0 +1,181 @@
+"""What ``qbench train`` and ``qbench curves`` do: material, twins in turn, figure, words."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qbench.errors import QBenchError, RunFailed, unknown
+from qbench.models.files import BUNDLED, data_folder
+from qbench.progress import Reporter
+from qbench.training import curves
+from qbench.training.folders import RECORD_FILE, TwinFolder
+from qbench.training.presets import known_presets
+from qbench.training.recipe import Recipe, TwinRun
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from qbench.training.trainer import Material
+
+Corpora = Mapping[str, Callable[[], Sequence[str]]]
+"""Texts that are no file, by the name a recipe gives them."""
+
+
+def train(
+    recipe: Recipe,
+    *,
+    twins: Sequence[str] = (),
+    output: Path | None = None,
+    device: str = "cpu",
+    corpora: Corpora | None = None,
+    reporter: Reporter | None = None,
+) -> list[dict[str, Any]]:
+    """Train the twins of a recipe that are not trained yet and draw their curves.
+
+    Args:
+        recipe: what to train.
+        twins: kinds to keep; none keeps all.
+        output: instead of the recipe's.
+        device: "cpu", or a GPU.
+        corpora: texts that a recipe may name beside files.
+        reporter: where progress is said.
+
+    Returns:
+        The record of each training, with its ``name``.
+
+    Raises:
+        QBenchError: for a mistake in the recipe or a folder that belongs to another one.
+        RunFailed: for a training that diverged, unless the recipe compares learning rates.
+    """
+    from qbench.models.checks import check_device
+    from qbench.training.trainer import Session, train_twin
+
+    check_device(device)
+    reporter = reporter or Reporter()
+    output = output or recipe.output
+    for kind in twins:
+        if kind not in recipe.twins:
+            raise unknown("twin", kind, recipe.twins)
+    runs = [run for run in recipe.runs() if not twins or run.kind in twins]
+    material = _material(recipe, corpora or {}, reporter)
+    records = []
+    for run in runs:
+        record = train_twin(run, material, output, Session(device, reporter))
+        records.append({"name": run.name, **record})
+        reporter.line(summary(records[-1]))
+        if record["status"] == "diverged" and recipe.learning_rates is None:
+            raise RunFailed(
+                f"{run.name}: the loss became {record['loss']} at step {record['step']}; lower "
+                f"learning_rate ({run.peaks[0]:g}) or set clip, and delete "
+                f"{TwinFolder(output / run.name).work}"
+            )
+    draw_recipe(recipe, output)
+    return records
+
+
+def draw_recipe(recipe: Recipe, output: Path) -> Path:
+    """Draw the curves of a recipe's trainings, those that run included, into the output folder."""
+    found = [_curve(run, output) for run in recipe.runs()]
+    path = output / f"loss-{recipe.name}.png"
+    title = f"{recipe.name}: one line per peak learning rate" if recipe.learning_rates else ""
+    curves.save(curves.draw([curve for curve in found if curve], title or recipe.name), path)
+    return path
+
+
+def draw_folders(folders: Iterable[Path], output: Path) -> Path:
+    """Draw the curves of finished twins, given their folders.
+
+    Raises:
+        QBenchError: for a folder that is none, naming it.
+    """
+    found = []
+    for folder in folders:
+        path = folder / RECORD_FILE
+        if not path.is_file():
+            raise QBenchError(f"{folder} is no trained twin: it has no {RECORD_FILE}")
+        record = json.loads(path.read_text(encoding="utf-8"))
+        rows = curves.read_curve(folder / curves.CURVE_FILE)
+        diverged = record.get("step") if record["status"] == "diverged" else None
+        found.append(curves.Curve(record["recipe"]["kind"], folder.name, rows, diverged))
+    curves.save(curves.draw(found), output)
+    return output
+
+
+def presets() -> list[str]:
+    """One line per preset."""
+    known = known_presets()
+    width = max(map(len, known))
+    return [f"{name:{width}}  {text}" for name, text in known.items()]
+
+
+def summary(record: dict[str, Any]) -> str:
+    """One line about a training."""
+    if record["status"] == "diverged":
+        return f"{record['name']}: diverged, loss {record['loss']} at step {record['step']}"
+    held_out = record.get("eval_loss")
+    return (
+        f"{record['name']}: {record['parameters']:,} parameters, {record['steps']} steps, "
+        f"{record['tokens']:,} tokens, loss {record['train_loss']:.3f}"
+        + (f", held out {held_out:.3f}" if held_out is not None else "")
+        + f" nats per token, {record['seconds']:.0f} s"
+    )
+
+
+def _curve(run: TwinRun, output: Path) -> curves.Curve | None:
+    folder = TwinFolder(output / run.name)
+    record = folder.record()
+    if record is None or not folder.curve.is_file():
+        return None
+    note = f", learning rate {run.peaks[0]:g}" if run.recipe.learning_rates else ""
+    diverged = record["step"] if record["status"] == "diverged" else None
+    rows = curves.read_curve(folder.curve)
+    return curves.Curve(run.kind, curves.label(run.kind, note), rows, diverged)
+
+
+def _material(recipe: Recipe, corpora: Corpora, reporter: Reporter) -> Material:
+    from qbench.training.data import pack
+    from qbench.training.trainer import Material
+
+    tokenizer = _tokenizer(recipe.tokenizer)
+    documents = _documents(recipe.corpus, corpora)
+    with reporter.step("tokens") as progress:
+        windows = pack(documents, tokenizer, recipe.seqlen, progress)
+    passes = recipe.steps * recipe.tokens_per_step / windows.numel()
+    reporter.line(
+        f"{recipe.corpus}: {len(documents):,} documents, {windows.numel():,} tokens in windows of "
+        f"{recipe.seqlen}; {recipe.steps} steps see them {passes:.1f} times"
+    )
+    held_out = None
+    if recipe.held_out is not None:
+        held_out = pack(_documents(recipe.held_out, corpora), tokenizer, recipe.seqlen)
+    return Material(tokenizer, windows, held_out)
+
+
+def _documents(name: str, corpora: Corpora) -> Sequence[str]:
+    from qbench.training.data import read_documents
+
+    if name in corpora:
+        return corpora[name]()
+    if name.startswith(BUNDLED):
+        raise unknown("bundled corpus", name, corpora)
+    return read_documents(Path(name))
+
+
+def _tokenizer(name: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    from qbench.models.checks import quiet
+
+    root = data_folder(name) if name.startswith(BUNDLED) else None
+    folder = root / "tokenizer" if root else Path(name)
+    if not folder.is_dir():
+        raise QBenchError(f"no tokenizer at {folder}; name a folder with tokenizer.json")
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise QBenchError(f"cannot read the tokenizer in {folder}: {reason}") from error

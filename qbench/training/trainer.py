@@ -1,0 +1,402 @@
+"""Train the twins of a recipe with transformers' Trainer; a killed training continues.
+
+Multi-GPU (``torchrun --no-python qbench train ...``), mixed precision, checkpoints and continuing
+from them are the Trainer's and accelerate's. Here are the papers' schedules, the curve, and the
+rule that a training is done once: a finished twin is left alone, an unfinished one continues from
+its last checkpoint and gives the weights it would have given. Weights, gradients and optimizer are float32
+also where the forward pass is bfloat16: a latent weight must be able to move by less than a
+bfloat16 step.
+
+"Adam" of the papers is AdamW here (decoupled weight decay, as in fairseq and Llama); norms and
+biases do not decay. A training whose loss is not finite ends there: nothing it does after that is
+a training.
+
+Left out: choosing hyperparameters, and any report but the curve.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import random
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import SequentialSampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+from transformers.utils import logging
+
+from qbench.errors import QBenchError, RunFailed
+from qbench.models.bitnet.architecture import new_model
+from qbench.models.checks import quiet
+from qbench.progress import Reporter, Update
+from qbench.training.curves import CURVE_FILE, CurveWriter, Row
+from qbench.training.data import Windows, collate, fingerprint
+from qbench.training.folders import RECORD_FILE, TwinFolder, write_json
+from qbench.training.recipe import TwinRun
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_PASS_TOKENS = {"cpu": 8192}  # tokens per pass and device where the recipe does not say
+_GPU_PASS_TOKENS = 32768
+_CURVE_ROWS = 200
+_SAVES = 20
+_EVALUATIONS = 20
+
+
+@dataclass(frozen=True)
+class Material:
+    """What every twin of a recipe shares."""
+
+    tokenizer: PreTrainedTokenizerBase
+    windows: Tensor
+    """(number of windows, seqlen), int32."""
+    held_out: Tensor | None = None
+
+    def identity(self, run: TwinRun) -> dict[str, Any]:
+        """What decides the weights of a run on this material."""
+        return run.identity(fingerprint(self.windows), len(self.tokenizer))
+
+
+class Diverged(Exception):
+    """The loss of a step was not finite."""
+
+    def __init__(self, step: int, loss: float) -> None:
+        super().__init__(f"loss {loss} at step {step}")
+        self.step = step
+        self.loss = loss
+
+
+class TwinTrainer(Trainer):
+    """The Trainer with a recipe's order of data, schedule, and an end where the loss is lost."""
+
+    def __init__(self, run: TwinRun, **arguments: Any) -> None:
+        self.run = run
+        collator: Any = collate
+        super().__init__(data_collator=collator, **arguments)
+        self.remove_callback(PrinterCallback)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        windows: Any = self.train_dataset
+        return SequentialSampler(windows)  # they are in order already
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """The Trainer's, with a mark on the groups that decay: it survives a checkpoint."""
+        optimizer = super().create_optimizer(model)
+        for group in optimizer.param_groups:
+            group.setdefault("decays", group["weight_decay"] > 0)
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
+        """The recipe's schedule, relative to its first peak."""
+        if self.lr_scheduler is None:
+            first = self.run.peaks[0]
+            optimizer = optimizer or self.optimizer
+            self.lr_scheduler = LambdaLR(
+                optimizer, lambda step: self.run.learning_rate_at(step) / first
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def training_step(self, model: Any, inputs: Any, *rest: Any, **more: Any) -> Tensor:
+        """The Trainer's, which would go on with a loss that is not finite.
+
+        Raises:
+            Diverged: naming the step.
+        """
+        loss = super().training_step(model, inputs, *rest, **more)
+        if not math.isfinite(loss.item()):
+            raise Diverged(self.state.global_step + 1, loss.item())
+        return loss
+
+
+class Schedule(TrainerCallback):
+    """Says when to log, evaluate and save, switches weight decay, moves the progress bar."""
+
+    def __init__(self, run: TwinRun, has_held_out: bool, progress: Update) -> None:
+        recipe = run.recipe
+        self.run = run
+        self.progress = progress
+        self.log_every = recipe.log_every or max(1, recipe.steps // _CURVE_ROWS)
+        self.save_every = recipe.save_every or max(1, recipe.steps // _SAVES)
+        self.eval_every = recipe.eval_every or max(1, recipe.steps // _EVALUATIONS)
+        self.has_held_out = has_held_out
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Set the weight decay of the update to come; a checkpoint's is the last one's."""
+        decay = self.run.weight_decay_at(state.global_step)
+        for group in more["optimizer"].param_groups:
+            if group["decays"]:
+                group["weight_decay"] = decay
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Every saved step is also logged, so that a curve has no row across two sessions."""
+        step, last = state.global_step, state.global_step == state.max_steps
+        control.should_save = last or step % self.save_every == 0
+        control.should_evaluate = self.has_held_out and (last or step % self.eval_every == 0)
+        control.should_log = (
+            control.should_save or control.should_evaluate or step % self.log_every == 0
+        )
+        self.progress(step, state.max_steps)
+
+
+class Recorder(TrainerCallback):
+    """Writes the curve. A row waits for the held-out loss where one is measured."""
+
+    def __init__(self, run: TwinRun, writer: CurveWriter) -> None:
+        self.run = run
+        self.writer = writer
+        self.pending: dict[str, float] | None = None
+        self.before = writer.seconds
+        self.began = time.perf_counter()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Start the clock."""
+        self.began = time.perf_counter()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
+        """Take what the Trainer measured; only the main process writes."""
+        if not state.is_world_process_zero:
+            return
+        if "loss" in logs:
+            self.pending = dict(logs)
+            if control.should_evaluate:
+                return
+        elif "eval_loss" not in logs or self.pending is None:
+            return
+        row = {**self.pending, **logs}
+        self.pending = None
+        self.writer.append(
+            Row(
+                step=state.global_step,
+                tokens=state.global_step * self.run.recipe.tokens_per_step,
+                loss=row["loss"],
+                eval_loss=row.get("eval_loss"),
+                learning_rate=row["learning_rate"],
+                seconds=self.before + time.perf_counter() - self.began,
+            )
+        )
+
+
+@dataclass(frozen=True)
+class Session:
+    """How a training runs here; nothing of it decides the weights."""
+
+    device: str = "cpu"
+    reporter: Reporter = field(default_factory=Reporter)
+    callbacks: Sequence[TrainerCallback] = ()
+
+
+def train_twin(
+    run: TwinRun, material: Material, output: Path, session: Session | None = None
+) -> dict[str, Any]:
+    """Train one twin, or finish it, or find it finished; returns its record.
+
+    Args:
+        run: what to train.
+        material: on what.
+        output: the twin's folder is made in it.
+        session: where and how loudly.
+
+    Raises:
+        QBenchError: if the folder belongs to another recipe.
+        RunFailed: if it cannot be written, or memory runs out.
+    """
+    session = session or Session()
+    identity = material.identity(run)
+    folder = TwinFolder(output / run.name)
+    found = folder.claim(run, identity)
+    if found is not None:
+        session.reporter.line(f"{run.name}: {found['status']} before, left alone")
+        return found
+    with _random_left_alone(), _silence(), session.reporter.step(run.name) as progress:
+        trainer = _trainer(run, material, folder, session, progress)
+        checkpoint = folder.last_checkpoint()
+        if checkpoint is not None:
+            session.reporter.line(f"{run.name}: continues from step {_step(checkpoint)}")
+        writer = CurveWriter(folder.work / CURVE_FILE, _step(checkpoint))
+        trainer.add_callback(Recorder(run, writer))
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except Diverged as error:
+            record = _record(folder, run, writer, session) | {
+                "status": "diverged", "step": error.step, "loss": str(error.loss),
+            }  # fmt: skip
+            folder.write(record)
+            return record
+        except torch.OutOfMemoryError as error:
+            raise RunFailed(
+                f"{run.name}: out of memory with {trainer.args.per_device_train_batch_size} "
+                "windows per pass; set a smaller batch_size"
+            ) from error
+        return _finish(trainer, run, material, folder, writer, session)
+
+
+def _trainer(
+    run: TwinRun, material: Material, folder: TwinFolder, session: Session, progress: Update
+) -> TwinTrainer:
+    recipe = run.recipe
+    arguments = _arguments(run, folder, session.device)
+    held_out = material.held_out
+    some = None if held_out is None else held_out[: max(1, recipe.eval_tokens // recipe.seqlen)]
+    length = recipe.steps * (recipe.tokens_per_step // recipe.seqlen)
+    return TwinTrainer(
+        run,
+        model=_model(run, material.tokenizer),
+        args=arguments,
+        train_dataset=Windows(material.windows, length, recipe.seed),
+        eval_dataset=None if some is None else Windows(some),
+        callbacks=[Schedule(run, some is not None, progress), *session.callbacks],
+    )
+
+
+def _model(run: TwinRun, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    recipe = run.recipe
+    shape = recipe.shape.model_dump()
+    shape["max_position_embeddings"] = shape["max_position_embeddings"] or recipe.seqlen
+    return new_model(
+        run.kind,
+        seed=recipe.seed,
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        **shape,
+    )
+
+
+def _arguments(run: TwinRun, folder: TwinFolder, device: str) -> TrainingArguments:
+    recipe = run.recipe
+    arguments = TrainingArguments(
+        output_dir=str(folder.work),
+        max_steps=recipe.steps,
+        learning_rate=run.peaks[0],
+        weight_decay=run.weight_decay,
+        adam_beta1=recipe.betas[0],
+        adam_beta2=recipe.betas[1],
+        adam_epsilon=recipe.epsilon,
+        max_grad_norm=recipe.clip or 0.0,
+        optim="adamw_torch_fused",
+        bf16=recipe.precision == "bfloat16",
+        use_cpu=device == "cpu",
+        seed=recipe.seed,
+        logging_strategy="no",
+        eval_strategy="no",
+        save_strategy="no",
+        save_total_limit=2,
+        logging_nan_inf_filter=False,
+        prediction_loss_only=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=device != "cpu",
+        disable_tqdm=True,
+        report_to="none",
+    )
+    if arguments.n_gpu > 1:  # one process uses one GPU: torchrun is how to use several
+        arguments._n_gpu = 1
+    windows = recipe.tokens_per_step // recipe.seqlen
+    if windows % arguments.world_size:
+        raise QBenchError(
+            f"a step of {windows} windows does not divide among {arguments.world_size} processes"
+        )
+    share = windows // arguments.world_size
+    largest = recipe.batch_size or _PASS_TOKENS.get(device, _GPU_PASS_TOKENS) // recipe.seqlen
+    size = max(n for n in range(1, share + 1) if share % n == 0 and n <= max(1, largest))
+    arguments.per_device_train_batch_size = size
+    arguments.per_device_eval_batch_size = size
+    arguments.gradient_accumulation_steps = share // size
+    return arguments
+
+
+def _finish(
+    trainer: TwinTrainer,
+    run: TwinRun,
+    material: Material,
+    folder: TwinFolder,
+    writer: CurveWriter,
+    session: Session,
+) -> dict[str, Any]:
+    """Save the twin; its last held-out loss is that of the weights as they are stored."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.half().float()
+    record = _record(folder, run, writer, session) | {"status": "finished"}
+    if material.held_out is not None:
+        metrics = trainer.evaluate(Windows(material.held_out))
+        record["eval_loss"] = round(metrics["eval_loss"], 6)
+    record["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+    if trainer.is_world_process_zero():
+        with folder.finishing() as partial:
+            _save(model, material.tokenizer, partial)
+            write_json(partial / RECORD_FILE, record)
+    trainer.accelerator.wait_for_everyone()
+    return record
+
+
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write model and tokenizer; the weights are exact in float16 already."""
+    model.config.use_cache = True  # off only while training
+    model.half().cpu().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _record(
+    folder: TwinFolder, run: TwinRun, writer: CurveWriter, session: Session
+) -> dict[str, Any]:
+    begun = folder.record() or {}
+    last = writer.rows[-1] if writer.rows else None
+    return {
+        **begun,
+        "steps": run.recipe.steps,
+        "tokens": run.recipe.steps * run.recipe.tokens_per_step,
+        "train_loss": last.loss if last else None,
+        "seconds": round(last.seconds, 1) if last else 0.0,
+        "environment": _environment(session.device),
+    }
+
+
+def _environment(device: str) -> dict[str, str]:
+    found = {name: version(name) for name in ("qbench", "torch", "transformers", "accelerate")}
+    found |= {"python": platform.python_version(), "device": device}
+    found["threads"] = str(torch.get_num_threads())
+    if device != "cpu" and torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def _step(checkpoint: Path | None) -> int:
+    return int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """No bars and no remarks by transformers: there is one bar already."""
+    had_bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with quiet():
+            yield
+    finally:
+        if had_bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def _random_left_alone() -> Iterator[None]:
+    """The Trainer seeds every global generator there is; put them back."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
