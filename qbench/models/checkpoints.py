@@ -12,13 +12,15 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qbench.errors import QBenchError
 from qbench.models import files
+from qbench.models.bitnet.formats import BitNetFormat, Stored, detect
+from qbench.models.bitnet.report import LoadReport
 from qbench.models.checks import (
     check_causal,
     check_device,
@@ -28,6 +30,7 @@ from qbench.models.checks import (
     quiet,
 )
 from qbench.models.files import first_line
+from qbench.scheme import Scheme
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -55,6 +58,8 @@ class Checkpoint:
     folder: Path
     pickled: bool = False
     """Weights are in ``.bin`` files, which are loaded without running code."""
+    latent: bool = False
+    """The latent weights of a BitNet checkpoint, as an ordinary full-precision model."""
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -69,7 +74,7 @@ class Checkpoint:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over weights, configuration and tokenizer; independent of path and machine."""
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(b"latent" if self.latent else b"")
         config = {k: v for k, v in self.config.items() if k not in _VOLATILE}
         digest.update(json.dumps(config, sort_keys=True).encode())
         for path in [*self.weight_files, *(self.folder / n for n in _TOKENIZER_FILES)]:
@@ -80,15 +85,41 @@ class Checkpoint:
 
     @property
     def parameters(self) -> int:
-        """Number of stored weights, from the headers of the safetensors files."""
-        return sum(math.prod(shape) for shape in self.shapes().values())
+        """Number of weights, from the headers of the safetensors files."""
+        if self.bitnet is not None:
+            return self.bitnet.parameters(self.tensors)
+        return sum(math.prod(stored.shape) for stored in self.tensors.values())
 
-    def shapes(self) -> dict[str, list[int]]:
-        """Shape of every stored tensor; empty for pickles, whose headers cannot be read alone."""
-        found: dict[str, list[int]] = {}
+    @cached_property
+    def tensors(self) -> dict[str, Stored]:
+        """Every stored tensor; empty for pickles, whose headers cannot be read alone."""
+        found: dict[str, Stored] = {}
         for path in [] if self.pickled else self.weight_files:
-            found |= {name: entry["shape"] for name, entry in files.header(path).items()}
+            for name, entry in files.header(path).items():
+                found[name] = Stored(tuple(entry["shape"]), entry["dtype"])
         return found
+
+    @cached_property
+    def bitnet(self) -> BitNetFormat | None:
+        """How a BitNet checkpoint stores its weights; None for a checkpoint of another kind.
+
+        Raises:
+            QBenchError: for one that would not run as it was trained.
+        """
+        return detect(self.name, self.config, self.tensors)
+
+    @property
+    def trained_scheme(self) -> Scheme | None:
+        """The scheme a BitNet checkpoint was trained at; None where weights are full precision."""
+        return None if self.bitnet is None or self.latent else self.bitnet.scheme
+
+    @property
+    def load_report(self) -> list[str]:
+        """What was decided about a BitNet checkpoint, a line each; empty for any other."""
+        if self.bitnet is None:
+            return []
+        lines = LoadReport.of(self.bitnet).lines()
+        return [*lines, "latent weights, not quantized as in training"] if self.latent else lines
 
     @cached_property
     def row_lengths(self) -> dict[str, int]:
@@ -97,14 +128,11 @@ class Checkpoint:
         0 for experts that share one tensor: which way they lie shows only when the block runs.
         """
         import torch
-        from transformers import AutoModelForCausalLM
         from transformers.pytorch_utils import Conv1D
 
         from qbench.models.blocks import find_blocks
 
-        with torch.device("meta"), quiet():
-            model = AutoModelForCausalLM.from_config(self.load_config())
-        found = {}
+        model, found = self._skeleton(), {}
         for block_name, block in find_blocks(model):
             for name, module in block.named_modules():
                 if isinstance(module, (torch.nn.Linear, Conv1D)):
@@ -115,6 +143,18 @@ class Checkpoint:
                 found |= {f"{block_name}.{name}.{expert}": 0 for expert in experts}
         return found
 
+    def _skeleton(self) -> PreTrainedModel:
+        """The model with its tensors on the meta device."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        if self.bitnet is not None:
+            from qbench.models.bitnet.loading import skeleton
+
+            return skeleton(self, "latent" if self.latent else "frozen")
+        with torch.device("meta"), quiet():
+            return AutoModelForCausalLM.from_config(self.load_config())
+
     def load_config(self) -> PretrainedConfig:
         """The configuration as transformers understands it.
 
@@ -123,6 +163,10 @@ class Checkpoint:
         """
         from transformers import AutoConfig
 
+        if self.bitnet is not None:
+            from qbench.models.bitnet.architecture import register
+
+            register()
         try:
             with quiet():
                 return AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
@@ -162,6 +206,12 @@ class Checkpoint:
 
         check_dtype(dtype)
         check_device(device)
+        if self.bitnet is not None:
+            from qbench.models.bitnet.loading import load
+
+            bitnet = load(self, "latent" if self.latent else "frozen", dtype, device)
+            check_causal(self.name, bitnet)
+            return bitnet
         try:
             with quiet():
                 loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -189,19 +239,23 @@ class Checkpoint:
         return model
 
 
-def find_checkpoint(name: str, *, allow_pickle: bool = False) -> Checkpoint:
-    """Locate a checkpoint by folder or Hub id and check that it can be run.
+def find_checkpoint(name: str, *, allow_pickle: bool = False, latent: bool = False) -> Checkpoint:
+    """Locate a checkpoint by folder, bundled name or Hub id and check that it can be run.
 
     Args:
-        name: a folder, or a Hub id such as ``facebook/opt-125m``.
+        name: a folder, ``bundled:NAME``, or a Hub id such as ``facebook/opt-125m``.
         allow_pickle: accept ``.bin`` weights, loaded with ``weights_only=True``.
+        latent: the latent weights of a BitNet checkpoint, as an ordinary model; tables call it
+            ``NAME-latent``.
 
     Raises:
         QBenchError: naming what is missing and where it was looked for.
     """
     folder = Path(name).expanduser()
-    local = folder.is_dir()
-    if not local:
+    local = folder.is_dir() or name.startswith(files.BUNDLED)
+    if name.startswith(files.BUNDLED):
+        folder = files.bundled_checkpoint(name)
+    elif not local:
         if folder.exists():
             raise QBenchError(f"{name} is a file; give the folder that holds config.json")
         folder = files.download(name, allow_pickle)
@@ -212,19 +266,35 @@ def find_checkpoint(name: str, *, allow_pickle: bool = False) -> Checkpoint:
     if not checkpoint.weight_files:
         checkpoint = _pickled(checkpoint, allow_pickle)
     files.check_present(checkpoint.weight_files)
-    checkpoint.shapes()  # refuses damaged safetensors before anything takes time
-    return checkpoint
+    _ = checkpoint.tensors  # refuses damaged safetensors before anything takes time
+    _check_quantization(checkpoint)
+    return _latent(checkpoint) if latent else checkpoint
+
+
+def _latent(checkpoint: Checkpoint) -> Checkpoint:
+    """The latent weights of a BitNet checkpoint."""
+    name = checkpoint.name
+    if checkpoint.bitnet is None:
+        raise QBenchError(
+            f"{name} has no latent weights, it is no BitNet checkpoint; drop --latent"
+        )
+    if not checkpoint.bitnet.is_latent:
+        raise QBenchError(
+            f"{name} holds ternary codes and no latent weights; give the checkpoint it was made "
+            "from, or drop --latent"
+        )
+    return replace(checkpoint, name=f"{name}-latent", latent=True)
 
 
 def load_checkpoint(
-    name: str, dtype: str = "float32", device: str = "cpu"
+    name: str, dtype: str = "float32", device: str = "cpu", *, latent: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer of a checkpoint, checked.
 
     Raises:
         QBenchError: see :func:`find_checkpoint` and :meth:`Checkpoint.load_model`.
     """
-    checkpoint = find_checkpoint(name)
+    checkpoint = find_checkpoint(name, latent=latent)
     return checkpoint.load_model(dtype, device), checkpoint.load_tokenizer()
 
 
@@ -259,8 +329,12 @@ def _check_architecture(checkpoint: Checkpoint) -> None:
             f"{checkpoint.name} is a {names[0]}, not a causal language model; qbench measures "
             "next-token prediction"
         )
-    quantized = config.get("quantization_config") or {}
-    if quantized:
+
+
+def _check_quantization(checkpoint: Checkpoint) -> None:
+    """Refuse what is quantized already, but for BitNet checkpoints, which were trained so."""
+    quantized = checkpoint.config.get("quantization_config") or {}
+    if quantized and checkpoint.bitnet is None:
         raise QBenchError(
             f"{checkpoint.name} is quantized already "
             f"(quant_method={quantized.get('quant_method', 'unknown')}); give its full-precision "

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +38,33 @@ def check_target(folder: Path) -> None:
         raise QBenchError(f"cannot save to {folder} ({error.strerror} at {parent})") from error
 
 
+@contextmanager
+def writing(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes ``folder`` when all went well and is gone if not.
+
+    Raises:
+        QBenchError: if ``folder`` is taken.
+        RunFailed: if it cannot be written.
+    """
+    from safetensors import SafetensorError
+
+    check_target(folder)
+    folder = folder.absolute()
+    partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RunFailed(f"cannot save to {folder} ({reason}); nothing was left there") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def save_checkpoint(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -48,8 +77,6 @@ def save_checkpoint(
         QBenchError: if the folder is taken, or an online input transform is part of the model.
         RunFailed: if it cannot be written.
     """
-    from safetensors import SafetensorError
-
     check_target(folder)
     online = [layer.name for layer in record.layers if layer.extra.get("input_transform")]
     if online:
@@ -57,20 +84,12 @@ def save_checkpoint(
             f"{record.key.baseline.name} transforms the input of {online[0]} at run time, which an "
             "ordinary checkpoint cannot hold; nothing was saved"
         )
-    folder = folder.absolute()
-    partial = folder.with_name(f".{folder.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    with writing(folder) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        text = record.model_dump_json(indent=2)
-        (partial / "qbench.json").write_text(text, encoding="utf-8")
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise RunFailed(f"cannot save to {folder} ({reason}); nothing was left there") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        write_record(record, partial)
+
+
+def write_record(record: QuantizationRecord, folder: Path) -> None:
+    """Write what was done to a model beside its weights."""
+    (folder / "qbench.json").write_text(record.model_dump_json(indent=2), encoding="utf-8")

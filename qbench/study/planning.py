@@ -60,7 +60,8 @@ def estimate(bench: Workbench) -> tuple[float, float]:
     """Peak memory of a cell and size of its saved model, in bytes."""
     width = _BYTES[bench.settings.dtype]
     parameters = bench.checkpoint.parameters
-    matrices = [shape for shape in bench.checkpoint.shapes().values() if len(shape) == 2]
+    stored = bench.checkpoint.tensors.values()
+    matrices = [tensor.shape for tensor in stored if len(tensor.shape) == 2]
     largest_input = max((min(shape[1], 65536) for shape in matrices), default=0)
     largest_matrix = max((shape[0] * shape[1] for shape in matrices), default=0)
     hidden = bench.checkpoint.config.get("hidden_size") or bench.checkpoint.config.get("n_embd", 0)
