@@ -330,6 +330,8 @@ def test_a_frozen_b1_model_gives_the_same_logits_and_holds_two_levels_per_matrix
         ("b1", {"bitlinear": BitLinearOptions(weights="binary")}, "norm='none'; give binary, and"),
         ("b1", {"num_attention_heads": 5}, "hidden_size=64 is not a multiple of num_attention"),
         ("b1", {"num_key_value_heads": 3}, "num_attention_heads=4 is not a multiple of"),
+        ("fp16", {"hidden_size": 60}, "heads of 15 features cannot be rotated in pairs"),
+        ("fp16", {"hidden_act": "silo"}, "unknown activation function 'silo'; did you mean 'silu'"),
     ],
 )
 def test_models_that_cannot_be_are_refused(kind, changes, message):

@@ -29,6 +29,7 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedModel,
 )
+from transformers.activations import ACT2FN
 
 from qbench.errors import QBenchError, unknown
 from qbench.models.bitnet.layers import B1, B158, BitLinearOptions, replace_linears_
@@ -127,26 +128,11 @@ def new_model(
     Raises:
         QBenchError: for an unknown kind, options that do not fit it, or an impossible shape.
     """
-    if kind not in KINDS:
-        raise unknown("kind of model", kind, KINDS)
-    if kind == "fp16" and bitlinear is not None:
-        raise QBenchError("an fp16 model has no BitLinear; leave bitlinear out, or choose b1")
-    if kind == "b158" and bitlinear not in (None, B158):
-        raise QBenchError(
-            "a b158 checkpoint is run by transformers, with the released code's quantizers and no "
-            "others; leave bitlinear out, or choose b1"
-        )
-    if hidden_size % num_attention_heads:
-        raise QBenchError(
-            f"hidden_size={hidden_size} is not a multiple of "
-            f"num_attention_heads={num_attention_heads}; choose a divisor"
-        )
+    _check_kind(kind, bitlinear)
     heads = num_key_value_heads or num_attention_heads
-    if num_attention_heads % heads:
-        raise QBenchError(
-            f"num_attention_heads={num_attention_heads} is not a multiple of "
-            f"num_key_value_heads={heads}; choose a divisor"
-        )
+    _check_heads(hidden_size, num_attention_heads, heads)
+    if hidden_act not in ACT2FN:
+        raise unknown("activation function", hidden_act, ACT2FN)
     fields = {
         "hidden_size": hidden_size,
         "intermediate_size": intermediate_size,
@@ -167,6 +153,36 @@ def new_model(
         model = _build(kind, fields, bitlinear)
     _draw_(model, seed, initializer_range)
     return model.train()
+
+
+def _check_kind(kind: str, bitlinear: BitLinearOptions | None) -> None:
+    if kind not in KINDS:
+        raise unknown("kind of model", kind, KINDS)
+    if kind == "fp16" and bitlinear is not None:
+        raise QBenchError("an fp16 model has no BitLinear; leave bitlinear out, or choose b1")
+    if kind == "b158" and bitlinear not in (None, B158):
+        raise QBenchError(
+            "a b158 checkpoint is run by transformers, with the released code's quantizers and no "
+            "others; leave bitlinear out, or choose b1"
+        )
+
+
+def _check_heads(hidden_size: int, heads: int, key_value_heads: int) -> None:
+    if hidden_size % heads:
+        raise QBenchError(
+            f"hidden_size={hidden_size} is not a multiple of num_attention_heads={heads}; "
+            "choose a divisor"
+        )
+    if hidden_size // heads % 2:
+        raise QBenchError(
+            f"heads of {hidden_size // heads} features cannot be rotated in pairs; choose "
+            f"hidden_size={hidden_size} or num_attention_heads={heads} otherwise"
+        )
+    if heads % key_value_heads:
+        raise QBenchError(
+            f"num_attention_heads={heads} is not a multiple of "
+            f"num_key_value_heads={key_value_heads}; choose a divisor"
+        )
 
 
 def _build(
