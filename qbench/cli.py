@@ -53,7 +53,7 @@ app = typer.Typer(
 Results = Annotated[Path, typer.Option("--results", help="Folder of stored results.")]
 Data = Annotated[
     Path | None,
-    typer.Option("--data", help="Root with tasks/<task>/<split>.jsonl and corpora/."),
+    typer.Option("--data", help="Root with tasks/, corpora/; or bundled:world."),
 ]
 Names = Annotated[list[str], typer.Option(help="Keep these only; repeat it or use patterns.")]
 DEFAULT_RESULTS = Path("results/runs")
@@ -84,7 +84,7 @@ def list_(
 
 @app.command()
 def run(
-    checkpoint: Annotated[str, typer.Argument(help="Folder, or Hub id.")],
+    checkpoint: Annotated[str, typer.Argument(help="Folder, bundled:NAME or Hub id.")],
     baseline: Annotated[str, typer.Option(help="Name, or file.py:Class.")] = "none",
     scheme: Annotated[str, typer.Option(help="Such as W4A16g128 or W8A8:w=tensor.")] = "W16A16",
     set_: Annotated[list[str], typer.Option("--set", help="field=value of the baseline.")] = [],  # noqa: B006
@@ -108,6 +108,9 @@ def run(
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Read .bin weights (tensors only).")
     ] = False,
+    latent: Annotated[
+        bool, typer.Option("--latent", help="A BitNet's latent weights, as an ordinary model.")
+    ] = False,
 ) -> None:
     """Quantize one checkpoint with one baseline and measure it."""
     from qbench.evaluation.tasks import EvaluationOptions
@@ -127,7 +130,7 @@ def run(
         device=device,
         retry_failed=retry_failed,
     )
-    chosen = commands.Run(checkpoint, baseline, tuple(set_), scheme, save, allow_pickle)
+    chosen = commands.Run(checkpoint, baseline, tuple(set_), scheme, save, allow_pickle, latent)
     sys.exit(commands.run(chosen, settings, results))
 
 
@@ -252,6 +255,7 @@ def train(
         None
     ),
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    data: Data = None,
     presets: Annotated[
         bool, typer.Option("--list", help="List the published recipes that a file can start from.")
     ] = False,
@@ -264,6 +268,7 @@ def train(
         return
     if recipe is None:
         raise QBenchError("name a recipe file, or --list the published ones")
+    from qbench.models.files import data_folder
     from qbench.training.recipe import Recipe
     from qbench.world.build import held_out_corpus, training_corpus
 
@@ -271,7 +276,14 @@ def train(
         "bundled:world/train": training_corpus,
         "bundled:world/validation": held_out_corpus,
     }
-    commands.train(Recipe.read(recipe), twins=twin, output=output, device=device, corpora=corpora)
+    commands.train(
+        Recipe.read(recipe),
+        twins=twin,
+        output=output,
+        device=device,
+        corpora=corpora,
+        data_dir=data_folder(data),
+    )
 
 
 @app.command()

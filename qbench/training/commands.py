@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ def train(
     output: Path | None = None,
     device: str = "cpu",
     corpora: Corpora | None = None,
+    data_dir: Path | None = None,
     reporter: Reporter | None = None,
 ) -> list[dict[str, Any]]:
     """Train the twins of a recipe that are not trained yet and draw their curves.
@@ -40,7 +42,8 @@ def train(
         twins: kinds to keep; none keeps all.
         output: instead of the recipe's.
         device: "cpu", or a GPU.
-        corpora: texts that a recipe may name beside files.
+        corpora: texts that a recipe may name beside files and the known corpora.
+        data_dir: root with ``corpora/``, for known corpora without the network.
         reporter: where progress is said.
 
     Returns:
@@ -60,7 +63,7 @@ def train(
         if kind not in recipe.twins:
             raise unknown("twin", kind, recipe.twins)
     runs = [run for run in recipe.runs() if not twins or run.kind in twins]
-    material = _material(recipe, corpora or {}, reporter)
+    material = _material(recipe, _Texts(corpora or {}, data_dir), reporter)
     records = []
     for run in runs:
         record = train_twin(run, material, output, Session(device, reporter))
@@ -135,12 +138,27 @@ def _curve(run: TwinRun, output: Path) -> curves.Curve | None:
     return curves.Curve(run.kind, curves.label(run.kind, note), rows, diverged)
 
 
-def _material(recipe: Recipe, corpora: Corpora, reporter: Reporter) -> Material:
+@dataclass(frozen=True)
+class _Texts:
+    corpora: Corpora
+    data_dir: Path | None
+
+    def documents(self, name: str, purpose: str) -> Sequence[str]:
+        from qbench.training.data import read_documents
+
+        if name in self.corpora:
+            return self.corpora[name]()
+        if name.startswith(BUNDLED):
+            raise unknown("bundled corpus", name, self.corpora)
+        return read_documents(name, purpose, self.data_dir)
+
+
+def _material(recipe: Recipe, texts: _Texts, reporter: Reporter) -> Material:
     from qbench.training.data import pack
     from qbench.training.trainer import Material
 
     tokenizer = _tokenizer(recipe.tokenizer)
-    documents = _documents(recipe.corpus, corpora)
+    documents = texts.documents(recipe.corpus, "calibration")
     with reporter.step("tokens") as progress:
         windows = pack(documents, tokenizer, recipe.seqlen, progress)
     passes = recipe.steps * recipe.tokens_per_step / windows.numel()
@@ -150,18 +168,8 @@ def _material(recipe: Recipe, corpora: Corpora, reporter: Reporter) -> Material:
     )
     held_out = None
     if recipe.held_out is not None:
-        held_out = pack(_documents(recipe.held_out, corpora), tokenizer, recipe.seqlen)
+        held_out = pack(texts.documents(recipe.held_out, "evaluation"), tokenizer, recipe.seqlen)
     return Material(tokenizer, windows, held_out)
-
-
-def _documents(name: str, corpora: Corpora) -> Sequence[str]:
-    from qbench.training.data import read_documents
-
-    if name in corpora:
-        return corpora[name]()
-    if name.startswith(BUNDLED):
-        raise unknown("bundled corpus", name, corpora)
-    return read_documents(Path(name))
 
 
 def _tokenizer(name: str) -> PreTrainedTokenizerBase:

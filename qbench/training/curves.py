@@ -27,6 +27,12 @@ CURVE_FILE = "loss.csv"
 _COLOURS = {"fp16": "#000000", "b1": "#D55E00", "b158": "#0072B2"}
 _LABELS = {"fp16": "FP16", "b1": "BitNet", "b158": "BitNet b1.58"}
 _OTHER = "#555555"
+_HELD_OUT: dict[str, Any] = {
+    "linestyle": "none",
+    "marker": "o",
+    "markersize": 3.5,
+    "markerfacecolor": "white",
+}
 _STYLES = ("-", "--", ":", "-.")
 _SETTINGS = {
     "font.size": 9,
@@ -165,6 +171,8 @@ def draw(curves: Sequence[Curve], title: str = "") -> Figure:
         axes.grid(axis="y", color="#e6e6e6", linewidth=0.6, zorder=0)
         if title:
             axes.set_title(title, fontsize=9)
+        if any(row.eval_loss is not None for curve in curves for row in curve.rows):
+            axes.plot([], [], **_HELD_OUT, color=_OTHER, label="held-out text")
         axes.legend(fontsize=8, frameon=False, ncols=1 + (len(curves) > 4))
     return figure
 
@@ -179,11 +187,7 @@ def _draw_curve(axes: Any, curve: Curve, line: str, unit: float) -> None:
     held_out = [(x, row.eval_loss) for x, row in zip(across, curve.rows, strict=True)]
     held_out = [(x, y) for x, y in held_out if y is not None]
     if held_out:
-        axes.plot(
-            *zip(*held_out, strict=True),
-            linestyle="none", marker="o", markersize=3.5, markerfacecolor="white", color=colour,
-            zorder=3,
-        )  # fmt: skip
+        axes.plot(*zip(*held_out, strict=True), **_HELD_OUT, color=colour, zorder=3)
     if curve.diverged_at is not None:
         axes.plot(across[-1], curve.rows[-1].loss, "x", color=colour, markersize=9, zorder=4)
 

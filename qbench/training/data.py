@@ -6,14 +6,12 @@ Attention reaches across documents in a window, as in the papers. The order is d
 anew for each pass, and is a function of the position only: twins see the same, and a training that
 continues sees what it would have seen.
 
-Left out: reading anything but text files (``.txt``: a document a line; ``.jsonl``: a JSON object a
-line with the document as its ``text``).
+Left out: text that does not fit into memory; a token takes four bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -25,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from qbench.errors import QBenchError
+from qbench.evaluation.corpora import is_text_path, load_corpus
 from qbench.progress import Update
 
 if TYPE_CHECKING:
@@ -33,34 +32,25 @@ if TYPE_CHECKING:
 _CHUNK = 2000  # documents that are tokenized at once
 
 
-def read_documents(path: Path) -> list[str]:
-    """The documents of a file, empty ones left out.
+def read_documents(name: str, purpose: str, data_dir: Path | None = None) -> list[str]:
+    """The documents of a corpus or a file, empty ones left out.
+
+    Args:
+        name: a corpus that qbench knows, or a path; a line of a text file is a document, and a line
+            of JSONL is an object with the document as its ``text``.
+        purpose: "calibration" for the corpus' training split, "evaluation" for the held-out one.
+        data_dir: the user's data folder.
 
     Raises:
-        QBenchError: if it cannot be read, or holds no document.
+        QBenchError: for an unknown corpus, or a file that cannot be read or holds no document.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise QBenchError(f"cannot read the corpus {path}: {reason}") from error
-    if path.suffix == ".jsonl":
-        lines = [_text(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    documents = [line.strip() for line in lines]
-    documents = [document for document in documents if document]
-    if not documents:
-        raise QBenchError(f"the corpus {path} holds no document")
-    return documents
-
-
-def _text(path: Path, number: int, line: str) -> str:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise QBenchError(f"{path}, line {number} is not JSON: {error}") from error
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        raise QBenchError(f'{path}, line {number} has no text; every line is {{"text": "..."}}')
-    return row["text"]
+    documents: Sequence[str] = load_corpus(name, purpose, data_dir).documents
+    if is_text_path(name) and Path(name).suffix != ".jsonl":
+        documents = documents[0].split("\n")
+    found = [document for document in documents if document.strip()]
+    if not found:
+        raise QBenchError(f"the corpus {name} holds no document")
+    return found
 
 
 def pack(
@@ -108,9 +98,9 @@ def _joined(rows: Sequence[Sequence[int]], first: int) -> Iterator[int]:
 
 
 def fingerprint(windows: Tensor) -> str:
-    """SHA-256 of the tokens and the length of a window."""
+    """SHA-256 of the tokens and their shape."""
     digest = hashlib.sha256(str(tuple(windows.shape)).encode())
-    digest.update(windows.contiguous().numpy().tobytes())
+    digest.update(windows.contiguous().numpy().data)
     return digest.hexdigest()
 
 

@@ -37,6 +37,8 @@ from transformers.utils import logging
 
 from qbench.errors import QBenchError, RunFailed
 from qbench.models.bitnet.architecture import new_model
+from qbench.models.bitnet.layers import bitlinears
+from qbench.models.bitnet.saving import save_latent
 from qbench.models.checks import quiet
 from qbench.progress import Reporter, Update
 from qbench.training.callbacks import Recorder, Schedule
@@ -274,7 +276,11 @@ def _finish(
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write model and tokenizer; the weights are exact in float16 already."""
     model.config.use_cache = True  # off only while training
-    model.half().cpu().save_pretrained(folder)
+    model = model.half().cpu()
+    if any(bitlinears(model)):
+        save_latent(model, tokenizer, folder)
+        return
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
