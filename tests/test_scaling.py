@@ -143,7 +143,7 @@ def test_twins_that_differ_by_a_few_norms_are_one_size() -> None:
         ([0, *SIZES[1:]], [5, 4, 3, 3, 3, 3], "at least one parameter"),
         (SIZES, [1, 2, 3, 4, 5, 6], "does not fall with size"),
         (SIZES, [3.0] * 6, "does not fall with size"),
-        (SIZES, [9.0, 5, 5, 5, 5, 5], "leave its exponent open"),
+        (SIZES, [9.0, 5, 5, 5, 5, 5], "leave the exponent of a power law open"),
     ],
 )
 def test_points_without_a_law_say_why(sizes: list[float], losses: list[float], said: str) -> None:

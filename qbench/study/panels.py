@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from qbench.study.columns import mean_of
 from qbench.study.entries import (
@@ -48,6 +49,9 @@ class Point:
     """False where it was measured differently from the rest."""
     mixed: bool = False
     """Whether some matrices have widths of their own, so that its place does not say it all."""
+    published: bool = False
+    fitted: bool = True
+    """Whether a curve through its series is fitted on it."""
 
 
 @dataclass
@@ -79,25 +83,58 @@ class Panel:
         return sorted(best, key=lambda point: -point.x)
 
 
-def accuracy_panels(entries: Sequence[Entry], x: str) -> list[Panel]:
-    """One panel per checkpoint: the mean accuracy of each run over the tasks."""
-    keys, rare = _common_tasks(entries)
-    usual = {key: common(e.cells[key] for e in entries if key in e.cells) for key in keys}
-    limits = {key[0]: usual[key]["limit"] for key in keys if usual[key].get("limit")}
-    panels = []
-    for title, members in _by_checkpoint(entries).items():
-        panel = Panel(title, tasks=[key[0] for key in keys], limits=limits)
-        for task in rare:
-            panel.remarks["not part of the mean, as few runs have it"].append(task)
-        for entry in members:
-            numbers = [entry.cells[key] for key in keys if key in entry.cells]
-            if len(numbers) < len(keys) or any(number.value is None for number in numbers):
-                if numbers:
-                    panel.remarks["not shown, as a task is missing"].append(_name(entry))
-                continue
-            different = {deviations(n, usual[n.task, ""]) for n in numbers} - {""}
+@dataclass(frozen=True)
+class Tasks:
+    """What accuracies are averaged over, and how most runs measured each of them."""
+
+    keys: list[Key]
+    rare: list[str]
+    """Tasks that fewer than half of the runs have: no part of the mean."""
+    usual: dict[Key, dict[str, Any]]
+
+    @classmethod
+    def of(cls, entries: Sequence[Entry]) -> Tasks:
+        """The tasks at least half of the measured runs have."""
+        every = accuracy_keys(entries)
+        runs = [entry for entry in entries if any(key in entry.cells for key in every)]
+        counts = {key: sum(key in entry.cells for entry in runs) for key in every}
+        keys = [key for key in every if 2 * counts[key] >= len(runs)]
+        usual = {key: common(e.cells[key] for e in entries if key in e.cells) for key in keys}
+        return cls(keys, [key[0] for key in every if key not in keys], usual)
+
+
+def averages(
+    panel: Panel, entries: Sequence[Entry], tasks: Tasks, call: Callable[[Entry], str]
+) -> Iterator[tuple[Entry, Measured, set[str]]]:
+    """Each run that has all tasks, its mean over them, and how that was measured differently.
+
+    The panel is told what it is the mean of, and what was left out, by the name ``call`` gives.
+    """
+    panel.tasks = [key[0] for key in tasks.keys]
+    panel.limits = {
+        key[0]: usual["limit"] for key, usual in tasks.usual.items() if usual.get("limit")
+    }
+    for task in tasks.rare:
+        panel.remarks["not part of the mean, as few runs have it"].append(task)
+    for entry in entries:
+        numbers = [entry.cells[key] for key in tasks.keys if key in entry.cells]
+        if len(numbers) < len(tasks.keys) or any(number.value is None for number in numbers):
+            if numbers:
+                panel.remarks["not shown, as a task is missing"].append(call(entry))
+            continue
+        if numbers:
             mean = mean_of(numbers)
             panel.chance = mean.chance
+            yield entry, mean, {deviations(n, tasks.usual[n.task, ""]) for n in numbers} - {""}
+
+
+def accuracy_panels(entries: Sequence[Entry], x: str) -> list[Panel]:
+    """One panel per checkpoint: the mean accuracy of each run over the tasks."""
+    tasks = Tasks.of(entries)
+    panels = []
+    for title, members in _by_checkpoint(entries).items():
+        panel = Panel(title)
+        for entry, mean, different in averages(panel, members, tasks, run_name):
             _add(panel, entry, mean, x, different)
         panels.append(panel)
     return panels
@@ -148,26 +185,19 @@ def caption(
     return lines
 
 
-def _common_tasks(entries: Sequence[Entry]) -> tuple[list[Key], list[str]]:
-    """The tasks at least half of the measured runs have, and the names of the others."""
-    keys = accuracy_keys(entries)
-    runs = [entry for entry in entries if any(key in entry.cells for key in keys)]
-    counts = {key: sum(key in entry.cells for entry in runs) for key in keys}
-    rare = [key for key in keys if 2 * counts[key] < len(runs)]
-    return [key for key in keys if key not in rare], [key[0] for key in rare]
-
-
 def _add(panel: Panel, entry: Entry, number: Measured, x: str, different: set[str]) -> None:
     facts = entry.facts
     place = 16.0 if entry.full_precision else facts[x]
     if place is None:
-        panel.remarks["not shown, as effective bits are unknown"].append(_name(entry))
+        panel.remarks["not shown, as effective bits are unknown"].append(run_name(entry))
         return
     if different:
         how = f"measured differently ({', '.join(sorted(different))})"
-        panel.remarks[how].append(_name(entry))
+        panel.remarks[how].append(run_name(entry))
     if entry.mixed and entry.ptq:
-        panel.remarks["pale, with per-layer overrides, not on the best line"].append(_name(entry))
+        panel.remarks["pale, with per-layer overrides, not on the best line"].append(
+            run_name(entry)
+        )
     role = "trained" if entry.trained else "full precision" if entry.full_precision else "ptq"
     name = facts["checkpoint"] if entry.trained else facts["label"]
     panel.points.append(
@@ -209,7 +239,8 @@ def _nearest(size: int | None, sizes: dict[str, int | None]) -> list[str]:
     return [min(known, key=lambda name: abs(math.log(known[name] / size)))]
 
 
-def _name(entry: Entry) -> str:
+def run_name(entry: Entry) -> str:
+    """What captions call a run."""
     if entry.trained:
         return str(entry.facts["checkpoint"])
     return entry.name

@@ -1,63 +1,31 @@
-"""Accuracy and perplexity against bits, as in BitNet (arXiv 2310.11453) Fig. 1, top right.
+"""Figures of everything in a store, in one call: against bits, or against model size.
 
-Hollow markers are quantized weights with 16-bit activations, half-filled ones have quantized
-activations too, filled stars were trained at their width. The line joins the best post-training
-point of each weight width; runs with per-layer overrides are pale and never on it. With ``wbits``
-on the axis, methods are set a little apart so that they do not hide each other. A perplexity that
-is infinite or NaN stands in a band at the top.
-
-Drawn with the object interface: no pyplot and no lasting change of matplotlib's settings. The same
-store gives the same bytes. Left out on purpose: choosing colours and sizes; take the Figure that
-:func:`draw` returns.
+Left out on purpose: choosing colours and sizes; take the Figure that :func:`draw` returns. What a
+figure looks like stands in :mod:`qbench.study.against_bits` and :mod:`qbench.study.against_size`.
 """
 
 from __future__ import annotations
 
-import math
-import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from qbench.errors import QBenchError, RunFailed, unknown
+from qbench.errors import QBenchError, unknown
+from qbench.study import reference
+from qbench.study.against_bits import draw_against_bits
+from qbench.study.against_size import draw_against_size
 from qbench.study.entries import Entry
-from qbench.study.panels import X_AXES, Panel, Point, accuracy_panels, caption, perplexity_panels
+from qbench.study.figures import check_suffix, save
+from qbench.study.panels import X_AXES
+from qbench.study.sizes import LOSSES
 from qbench.study.store import Store
-from qbench.study.tables import METRICS, stored_entries
+from qbench.study.tables import METRICS, asked_for, stored_entries
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-KINDS = ("accuracy-vs-bits", "perplexity-vs-bits")
-SUFFIXES = (".png", ".svg", ".pdf")
-
-# Okabe and Ito's colours, which colour-blind readers can tell apart; shapes differ as well
-_METHOD_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
-_MARKERS = ("o", "s", "D", "^", "v", "P", "X")
-_TRAINED = "#D55E00"
-_GREY = "#555555"
-_FILLS = {16: "full", 8: "left", 4: "bottom"}  # activation width -> how the marker is filled
-_OTHER_FILL = "top"
-_AXIS_LABELS = {
-    "wbits": "bits per weight, nominal",
-    "effective_bits": "effective bits per weight (scales and zero points included)",
-}
-_SETTINGS = {
-    "font.size": 9,
-    "font.family": "DejaVu Sans",  # comes with matplotlib, so every machine draws the same
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "pdf.fonttype": 42,  # TrueType: publishers refuse Type 3
-    "svg.fonttype": "path",
-    "svg.hashsalt": "qbench",
-}
-_NO_DATE: dict[str, dict[str, Any]] = {
-    ".png": {"Software": None},
-    ".svg": {"Date": None},
-    ".pdf": {"CreationDate": None},
-}
-_STEP = 0.06  # height of one diverged marker, as a share of the axes
+KINDS = ("accuracy-vs-bits", "perplexity-vs-bits", "accuracy-vs-size", "loss-vs-size")
+BY_SIZE = KINDS[2:]
 
 
 def plot(
@@ -67,6 +35,7 @@ def plot(
     output: Path | str,
     x: str = "wbits",
     metric: str = "acc",
+    against: str | None = None,
     width_in: float | None = None,
     checkpoints: Sequence[str] | None = None,
     baselines: Sequence[str] | None = None,
@@ -78,13 +47,18 @@ def plot(
 
     Args:
         store: where the results are.
-        kind: ``accuracy-vs-bits`` or ``perplexity-vs-bits``.
+        kind: ``accuracy-vs-bits``, ``perplexity-vs-bits``, ``accuracy-vs-size`` or
+            ``loss-vs-size``.
         output: a .png, .svg or .pdf file; its folder is made if need be.
-        x: ``wbits`` or ``effective_bits``.
-        metric: ``acc``, ``acc_norm`` or ``acc_token``; ``perplexity`` chooses the kind.
+        x: ``wbits`` or ``effective_bits``; not for the kinds against size.
+        metric: ``acc``, ``acc_norm`` or ``acc_token``; ``perplexity`` chooses the kind against
+            bits or size that shows it, and so does ``bits_per_byte``, a loss.
+        against: name of a published table whose full-precision and trained rows are added, hollow;
+            only for the kinds against size.
         width_in: width of the figure in inches; None fits the number of panels.
         checkpoints: filters, this and the next four, as in :func:`qbench.study.tables.table`.
-        baselines: methods.
+        baselines: methods. Against size, these two choose the quantized rows that join the
+            full-precision and trained ones; without them there are none.
         schemes: by label or full text.
         tasks: what is averaged, or drawn.
         num_fewshot: examples in the prompt.
@@ -94,26 +68,21 @@ def plot(
         RunFailed: if the file cannot be written.
     """
     output = Path(output)
-    if output.suffix.lower() not in SUFFIXES:
-        raise QBenchError(
-            f"cannot draw {output.name!r}: the name must end in {', '.join(SUFFIXES[:-1])} "
-            f"or {SUFFIXES[-1]}"
-        )
-    if metric == "perplexity":
-        kind, metric = KINDS[1], METRICS[0]
-    elif metric not in METRICS:
-        raise unknown("metric", metric, (*METRICS, "perplexity"))
-    entries = stored_entries(
-        store,
-        metric,
-        checkpoints=checkpoints,
-        baselines=baselines,
-        schemes=schemes,
-        tasks=tasks,
-        num_fewshot=num_fewshot,
+    check_suffix(output)
+    kind, metric = _kind_and_metric(kind, metric)
+    rows = {"checkpoints": checkpoints, "tasks": tasks}
+    shown = metric if metric in METRICS else METRICS[0]
+    asked = None
+    if kind in BY_SIZE:
+        entries = stored_entries(store, shown, num_fewshot=num_fewshot, **rows)
+        asked = asked_for(store, baselines, schemes, num_fewshot=num_fewshot, **rows)
+    else:
+        quantized = {"baselines": baselines, "schemes": schemes}
+        entries = stored_entries(store, shown, num_fewshot=num_fewshot, **rows, **quantized)
+    figure = draw(
+        entries, kind, x=x, metric=metric, against=against, width_in=width_in, asked=asked
     )
-    figure = draw(entries, kind, x=x, metric=metric, width_in=width_in)
-    _save(figure, output)
+    save(figure, output)
     return output
 
 
@@ -123,255 +92,53 @@ def draw(
     *,
     x: str = "wbits",
     metric: str = "acc",
+    against: str | None = None,
     width_in: float | None = None,
+    asked: Collection[str] | None = None,
 ) -> Figure:
     """The figure of some rows (see :func:`qbench.study.tables.stored_entries`).
 
-    Raises:
-        QBenchError: for an unknown kind or axis, or nothing to draw.
-    """
-    from matplotlib import style
-    from matplotlib.figure import Figure
+    Args:
+        entries: the rows; none is fine against size where published ones are added.
+        kind: as in :func:`plot`, like the rest.
+        x: the axis of bits.
+        metric: what is shown.
+        against: a published table.
+        width_in: inches.
+        asked: the runs of quantized rows to draw against size; None draws all of them.
 
-    if kind not in KINDS:
-        raise unknown("plot", kind, KINDS)
+    Raises:
+        QBenchError: for an unknown kind, axis or published table, or nothing to draw.
+    """
+    kind, metric = _kind_and_metric(kind, metric)
     if x not in X_AXES:
         raise unknown("x axis", x, X_AXES)
-    accuracy = kind == "accuracy-vs-bits"
-    panels = accuracy_panels(entries, x) if accuracy else perplexity_panels(entries, x)
-    about = caption(entries, panels, accuracy, metric)
-    panels = [panel for panel in panels if panel.points]
-    if not panels:
-        what = "accuracies" if accuracy else "perplexities"
-        why = "; ".join(about) or f"no run has {what}"
-        raise QBenchError(f"nothing to draw: {why}; measure more, or choose with --task")
-    columns = min(len(panels), 3)
-    rows = math.ceil(len(panels) / columns)
-    width = width_in or (5.2 if columns == 1 else 3.3 * columns)
-    with style.context(["default", _SETTINGS]):
-        figure = Figure(layout="constrained")
-        grid = figure.subplots(rows, columns, squeeze=False, sharey="row" if accuracy else False)
-        for axes in grid.flat[len(panels) :]:
-            axes.remove()
-        styles = _styles(panels)
-        for axes, panel in zip(grid.flat, panels, strict=False):
-            _draw_panel(axes, panel, styles, x, accuracy)
-        for row in grid:
-            row[0].set_ylabel(f"mean {metric} (%)" if accuracy else "perplexity (log scale)")
-        _align_x(list(grid.flat[: len(panels)]), panels, x)
-        lines = _legend(figure, panels, styles, about, accuracy, width)
-        figure.set_size_inches(width, 2.9 * rows + 0.17 * lines + 0.3)
-    return figure
-
-
-def _save(figure: Figure, output: Path) -> None:
-    from matplotlib import style
-
-    suffix = output.suffix.lower()
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with style.context(["default", _SETTINGS]):
-            figure.savefig(output, format=suffix[1:], dpi=220, metadata=_NO_DATE[suffix])
-    except OSError as error:
-        reason = error.strerror or error
-        raise RunFailed(f"cannot write {output} ({reason}); name another file") from error
-
-
-def _draw_panel(
-    axes: Axes, panel: Panel, styles: dict[str, dict[str, Any]], x: str, accuracy: bool
-) -> None:
-    places = _places(panel.points, styles, x)
-    scale = 100 if accuracy else 1
-    axes.set_xscale("log", base=2)
-    axes.margins(y=0.1)
-    if not accuracy:
-        axes.set_yscale("log")
-    for point in panel.points:
-        if point.role == "full precision" and math.isfinite(point.y):
-            axes.axhline(scale * point.y, color="black", linewidth=0.9, linestyle=":", zorder=1)
-    if accuracy and panel.chance is not None:
-        axes.axhline(100 * panel.chance, color=_GREY, linewidth=1.1, linestyle="--", zorder=1)
-    best = panel.best(lower=not accuracy)
-    if len(best) > 1:
-        across = [places[id(point)] for point in best]
-        up = [scale * point.y for point in best]
-        axes.plot(across, up, color=_GREY, linewidth=1.2, zorder=2, label="_best")
-    for point in panel.points:
-        if math.isfinite(point.y):
-            error = scale * point.stderr if accuracy and point.stderr is not None else None
-            _mark(axes, places[id(point)], scale * point.y, error, _look(point, styles))
-    _name_stars(axes, panel, places, scale)
-    _draw_diverged(axes, panel, places, styles)
-    axes.set_xlabel(_AXIS_LABELS[x])
-    axes.set_title(panel.title, fontsize=9)
-    axes.grid(axis="y", color="#e6e6e6", linewidth=0.6, zorder=0)
-
-
-def _mark(axes: Axes, x: float, y: float, error: float | None, look: dict[str, Any]) -> None:
-    axes.errorbar(
-        [x], [y], yerr=None if error is None else [error], linestyle="none", capsize=2,
-        elinewidth=0.8, zorder=3, **look,
-    )  # fmt: skip
-
-
-def _name_stars(axes: Axes, panel: Panel, places: dict[int, float], scale: int) -> None:
-    """Name trained models where the panel shows several, the names spread so that they part."""
-    stars = [point for point in panel.points if point.role == "trained" and math.isfinite(point.y)]
-    stars.sort(key=lambda point: point.y)
-    for index, point in enumerate(stars if len(stars) > 1 else []):
-        axes.annotate(
-            point.name,
-            (places[id(point)], scale * point.y),
-            (-8, 9 * index),
-            textcoords="offset points",
-            ha="right",
-            va="center",
-            fontsize=7,
-            color=_TRAINED,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
-        )
-
-
-def _draw_diverged(
-    axes: Axes, panel: Panel, places: dict[int, float], styles: dict[str, dict[str, Any]]
-) -> None:
-    """Points without a finite value: stacked in a band at the top, with what they are."""
-    from matplotlib.patches import Rectangle
-
-    stacks: dict[int, list[Point]] = {}
-    for point in panel.points:
-        if not math.isfinite(point.y):  # neighbours on the axis share a stack
-            stacks.setdefault(round(2 * math.log2(point.x)), []).append(point)
-    if not stacks:
-        return
-    band = _STEP * (max(map(len, stacks.values())) + 0.5)
-    low, high = axes.get_ylim()
-    axes.set_ylim(low, low * (high / low) ** (1 / (1 - band)))
-    powers = range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)
-    axes.set_yticks([10.0**power for power in powers[:: len(powers) // 8 + 1]])
-    axes.set_yticks([], minor=True)
-    axes.add_patch(
-        Rectangle((0, 1 - band), 1, band, transform=axes.transAxes, color="#f0f0f0", zorder=0.5)
-    )
-    axes.text(0.01, 0.99, "diverged", transform=axes.transAxes, fontsize=7, va="top")
-    across = axes.get_xaxis_transform()
-    for stack in stacks.values():
-        for index, point in enumerate(stack):
-            place = (places[id(point)], 1 - _STEP * (index + 0.75))
-            look = _look(point, styles)
-            axes.plot(*place, transform=across, linestyle="none", zorder=4, **look)
-            axes.annotate(
-                "NaN" if math.isnan(point.y) else "inf",
-                place,
-                (-6, 0),
-                xycoords=across,
-                textcoords="offset points",
-                ha="right",
-                va="center",
-                fontsize=7,
+    if kind not in BY_SIZE:
+        if against is not None:
+            raise QBenchError(
+                f"{kind} has no published points; --against is for {' and '.join(BY_SIZE)}"
             )
+        return draw_against_bits(entries, kind == KINDS[0], x, metric, width_in)
+    if x != X_AXES[0]:
+        raise QBenchError(f"{kind} has sizes on its axis, not {x}; leave --x out")
+    published = [] if against is None else reference.entries(against, [])
+    return draw_against_size(
+        [*entries, *published], kind == "accuracy-vs-size", metric, width_in, asked
+    )
 
 
-def _align_x(grid: Sequence[Axes], panels: Sequence[Panel], x: str) -> None:
-    """Bits run from many to few, alike in every panel, with a tick at every width there is."""
-    widths = sorted({point.x for panel in panels for point in panel.points} | {16.0})
-    nominal = x == "wbits"
-    ticks = widths if nominal else [t for t in (1, 2, 3, 4, 8, 16) if t >= 0.7 * widths[0]]
-    # 1.58 stands so near to 2 that its label goes below
-    labels = [f"{tick:g}" if tick == int(tick) else f"\n{tick:g}" for tick in ticks]
-    for axes in grid:
-        axes.set_xticks(ticks, labels)
-        axes.set_xticks([], minor=True)
-        axes.set_xlim(16 * 1.3, min(widths[0], ticks[0]) / 1.3)
-
-
-def _places(points: Sequence[Point], styles: dict[str, dict[str, Any]], x: str) -> dict[int, float]:
-    """Where each point stands on the axis: methods a little apart where widths are nominal."""
-    places = {id(point): point.x for point in points}
-    if x != "wbits":
-        return places
-    for width in {point.x for point in points}:
-        group = [point for point in points if point.x == width and point.role == "ptq"]
-        names = [name for name in styles if any(point.series == name for point in group)]
-        step = min(0.07, 0.24 / max(len(names), 1))  # octaves; 5 and 4 bits are 0.32 apart
-        for point in group:
-            shift = step * ((len(names) - 1) / 2 - names.index(point.series))
-            places[id(point)] = width * 2**shift
-    return places
-
-
-def _styles(panels: Sequence[Panel]) -> dict[str, dict[str, Any]]:
-    """Colour and shape of each method: the same in every panel, no two alike for 42 methods."""
-    names = sorted({p.series for panel in panels for p in panel.points if p.role == "ptq"})
-    return {
-        name: {
-            "color": _METHOD_COLOURS[index % len(_METHOD_COLOURS)],
-            "marker": _MARKERS[index % len(_MARKERS)],
-        }
-        for index, name in enumerate(names)
-    }
-
-
-def _look(point: Point, styles: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    if point.role == "trained":
-        return {"color": _TRAINED, "marker": "*", "markersize": 12}
-    if point.role == "full precision":
-        return {"color": "black", "marker": "o", "markersize": 5}
-    look = styles[point.series] | _filled(point.abits, styles[point.series]["color"])
-    return look | {"alpha": 0.4} if point.mixed else look
-
-
-def _filled(abits: int, color: str) -> dict[str, Any]:
-    """Hollow is white inside, so that an error bar does not cross the marker."""
-    fill = _FILLS.get(abits, _OTHER_FILL)
-    inside = {"markerfacecolor": "white" if fill == "full" else color}
-    return inside | {
-        "fillstyle": fill,
-        "markerfacecoloralt": "white",
-        "markersize": 6.5,
-        "markeredgewidth": 1.3,
-    }
-
-
-def _legend(
-    figure: Figure,
-    panels: Sequence[Panel],
-    styles: dict[str, dict[str, Any]],
-    about: list[str],
-    accuracy: bool,
-    width: float,
-) -> int:
-    """A legend under the panels, headed by what is shown; returns how many lines it takes."""
-    from matplotlib.lines import Line2D
-
-    points = [point for panel in panels for point in panel.points]
-    ptq = [point for point in points if point.role == "ptq"]
-    entries: list[tuple[str, dict[str, Any]]] = [
-        (name, look | _filled(16, look["color"])) for name, look in styles.items()
-    ]
-    if any(point.abits < 16 for point in ptq):
-        for bits in sorted({point.abits for point in ptq}, reverse=True):
-            look = {"color": _GREY, "marker": "o"} | _filled(bits, _GREY)
-            entries.append((f"{bits}-bit activations", look))
-    stars = sorted({point.name for point in points if point.role == "trained"})
-    if stars:
-        name = f"trained: {stars[0]}" if len(stars) == 1 else "trained at this width"
-        entries.append((name, {"color": _TRAINED, "marker": "*", "markersize": 11}))
-    if any(point.role == "full precision" for point in points):
-        look = {"color": "black", "marker": "o", "markersize": 5, "linestyle": ":"}
-        entries.append(("full precision", look))
-    if any(len(panel.best(lower=not accuracy)) > 1 for panel in panels):
-        entries.append(("best PTQ per width", {"color": _GREY, "linestyle": "-"}))
-    if accuracy and any(panel.chance is not None for panel in panels):
-        entries.append(("random guessing", {"color": _GREY, "linestyle": "--"}))
-    handles = [
-        Line2D([], [], label=name, **({"linestyle": "none"} | look)) for name, look in entries
-    ]
-    longest = max(len(name) for name, _ in entries)
-    columns = max(1, min(len(entries), int(width / (0.06 * longest + 0.45))))
-    title = [line for text in about for line in textwrap.wrap(text, int(width * 16))]
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=columns, fontsize=8, frameon=False,
-        title="\n".join(title), title_fontsize=7,
-    )  # fmt: skip
-    return math.ceil(len(entries) / columns) + len(title)
+def _kind_and_metric(kind: str, metric: str) -> tuple[str, str]:
+    """The kind that shows a metric, and the metric as that kind takes it."""
+    if kind not in KINDS:
+        raise unknown("plot", kind, KINDS)
+    if metric not in (*METRICS, *LOSSES):
+        raise unknown("metric", metric, (*METRICS, *LOSSES))
+    if metric == "bits_per_byte" and kind not in BY_SIZE:
+        raise QBenchError(f"{kind} does not show bits_per_byte; take --kind loss-vs-size")
+    if kind in BY_SIZE:
+        kind = "loss-vs-size" if metric in LOSSES else kind
+        metric = "perplexity" if kind == "loss-vs-size" and metric not in LOSSES else metric
+        return kind, metric
+    if metric == "perplexity":
+        return KINDS[1], METRICS[0]
+    return kind, metric

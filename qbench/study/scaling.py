@@ -79,17 +79,16 @@ def fit(parameters: Sequence[float], losses: Sequence[float]) -> PowerLaw:
     n_sizes = count_sizes(parameters)
     if n_sizes < MINIMUM_SIZES:
         raise QBenchError(
-            f"a power law has three coefficients and needs at least {MINIMUM_SIZES} sizes, "
-            f"not {n_sizes}; measure more sizes"
+            f"a power law of three coefficients needs at least {MINIMUM_SIZES} sizes, not {n_sizes}"
         )
     # sizes relative to their geometric mean keep both columns of the linear problem near one
     middle = math.exp(np.log(sizes).mean())
     steepness = _search(sizes / middle, values)
     found = _linear(sizes / middle, values, steepness)
     if found.a * (sizes.min() / middle) ** -steepness <= 1e-9 * abs(values).max():
-        raise QBenchError("no power law: the loss does not fall with size")
+        raise QBenchError("the loss does not fall with size, so no power law describes it")
     if not 1.02 * _FLATTEST < steepness < _STEEPEST / 1.02:
-        raise QBenchError("no power law: the losses leave its exponent open")
+        raise QBenchError("the losses leave the exponent of a power law open")
     curve = found.a * (sizes / middle) ** -steepness + found.c
     return PowerLaw(
         a=found.a * (middle / UNIT) ** steepness,

@@ -106,11 +106,13 @@ def difference_text(difference: float, percent: bool) -> str:
 
 
 def size_text(parameters: int | None) -> str:
-    """125M, 1.3B, 2.1K."""
+    """125M, 1.3B, 0.51M, 2.1K."""
     if parameters is None:
         return MISSING
-    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if parameters >= unit:
-            scaled = parameters / unit
-            return (f"{scaled:.1f}".removesuffix(".0") if scaled < 100 else f"{scaled:.0f}") + name
+    for unit, name, least in ((1e9, "B", 1), (1e6, "M", 0.1), (1e3, "K", 1)):
+        scaled = parameters / unit
+        if round(scaled, 3) >= least:
+            digits = 2 if scaled < 1 else 1 if scaled < 100 else 0
+            text = f"{scaled:.{digits}f}"
+            return (text.rstrip("0").removesuffix(".") if digits else text) + name
     return str(parameters)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from qbench.errors import QBenchError, unknown
 from qbench.study import render
@@ -14,6 +15,9 @@ from qbench.study.frame import frame
 from qbench.study.layouts import LAYOUTS, Options, lay_out
 from qbench.study.sheet import Sheet
 from qbench.study.store import Store
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 METRICS = ("acc", "acc_norm", "acc_token")
 FORMATS: dict[str, Callable[[Sheet], str]] = {
@@ -94,11 +98,38 @@ def stored_entries(
     """
     if metric not in METRICS:
         raise unknown("metric", metric, METRICS)
+    chosen = select(_stored(store), checkpoints, baselines, schemes, tasks, num_fewshot)
+    return entries(chosen, metric)
+
+
+def asked_for(
+    store: Store,
+    baselines: Sequence[str] | None,
+    schemes: Sequence[str] | None,
+    *,
+    checkpoints: Sequence[str] | None = None,
+    tasks: Sequence[str] | None = None,
+    num_fewshot: int | None = None,
+) -> frozenset[str]:
+    """The runs that filters on method and scheme name, none without such filters.
+
+    Where sizes are compared, these are the quantized rows shown beside the full-precision and
+    trained ones, which are always there.
+
+    Raises:
+        QBenchError: as :func:`stored_entries`.
+    """
+    if not (baselines or schemes):
+        return frozenset()
+    chosen = select(_stored(store), checkpoints, baselines, schemes, tasks, num_fewshot)
+    return frozenset(chosen["run"])
+
+
+def _stored(store: Store) -> DataFrame:
     long = frame(store)
     if long.empty:
         raise QBenchError(
             f"no results are stored in {store.root}; make some with `qbench demo`, `qbench run` "
             "or `qbench sweep`, or name another folder with --results"
         )
-    chosen = select(long, checkpoints, baselines, schemes, tasks, num_fewshot)
-    return entries(chosen, metric)
+    return long

@@ -1,0 +1,132 @@
+"""What all figures share: their settings, colours and shapes, legends below, files that repeat.
+
+Drawn with the object interface: no pyplot and no lasting change of matplotlib's settings. The same
+results give the same bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qbench.errors import QBenchError, RunFailed
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SUFFIXES = (".png", ".svg", ".pdf")
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart; shapes differ as well
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+TRAINED = "#D55E00"
+GREY = "#555555"
+
+_SETTINGS = {
+    "font.size": 9,
+    "font.family": "DejaVu Sans",  # comes with matplotlib, so every machine draws the same
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "pdf.fonttype": 42,  # TrueType: publishers refuse Type 3
+    "svg.fonttype": "path",
+    "svg.hashsalt": "qbench",
+}
+_NO_DATE: dict[str, dict[str, Any]] = {
+    ".png": {"Software": None},
+    ".svg": {"Date": None},
+    ".pdf": {"CreationDate": None},
+}
+
+
+@contextmanager
+def our_style() -> Iterator[None]:
+    """Matplotlib's defaults and a few settings of ours, for as long as the context lasts."""
+    from matplotlib import style
+
+    with style.context(["default", _SETTINGS]):
+        yield
+
+
+def empty_figure(
+    n_panels: int, width_in: float | None, share_y: bool
+) -> tuple[Figure, list[list[Axes]], float]:
+    """A figure with axes for some panels.
+
+    Returns:
+        the figure, its axes row by row, and its width in inches.
+    """
+    from matplotlib.figure import Figure
+
+    columns = min(n_panels, 3)
+    rows = math.ceil(n_panels / columns)
+    figure = Figure(layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharey="row" if share_y else False)
+    for axes in grid.flat[n_panels:]:
+        axes.remove()
+    kept = list(grid.flat[:n_panels])
+    by_row = [kept[start : start + columns] for start in range(0, n_panels, columns)]
+    return figure, by_row, width_in or (5.2 if columns == 1 else 3.3 * columns)
+
+
+def check_suffix(output: Path) -> None:
+    """Refuse a file that is not a picture we can draw.
+
+    Raises:
+        QBenchError: naming the suffixes.
+    """
+    if output.suffix.lower() not in SUFFIXES:
+        raise QBenchError(
+            f"cannot draw {output.name!r}: the name must end in {', '.join(SUFFIXES[:-1])} "
+            f"or {SUFFIXES[-1]}"
+        )
+
+
+def save(figure: Figure, output: Path) -> None:
+    """Write a figure; its folder is made if need be.
+
+    Raises:
+        RunFailed: if the file cannot be written.
+    """
+    suffix = output.suffix.lower()
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with our_style():
+            figure.savefig(output, format=suffix[1:], dpi=220, metadata=_NO_DATE[suffix])
+    except OSError as error:
+        reason = error.strerror or error
+        raise RunFailed(f"cannot write {output} ({reason}); name another file") from error
+
+
+def mark(axes: Axes, x: float, y: float, error: float | None, look: dict[str, Any]) -> None:
+    """One point, with its standard error where there is one."""
+    axes.errorbar(
+        [x], [y], yerr=None if error is None else [error], linestyle="none", capsize=2,
+        elinewidth=0.8, zorder=3, **look,
+    )  # fmt: skip
+
+
+def legend_below(
+    figure: Figure,
+    entries: Sequence[tuple[str, dict[str, Any]]],
+    about: Sequence[str],
+    width: float,
+) -> int:
+    """A legend under the panels, headed by what is shown; returns how many lines it takes."""
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D([], [], label=name, **({"linestyle": "none"} | look)) for name, look in entries
+    ]
+    longest = max(len(name) for name, _ in entries)
+    columns = max(1, min(len(entries), int(width / (0.06 * longest + 0.45))))
+    title = [line for text in about for line in textwrap.wrap(text, int(width * 16))]
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=columns, fontsize=8, frameon=False,
+        title="\n".join(title), title_fontsize=7,
+    )  # fmt: skip
+    return math.ceil(len(entries) / columns) + len(title)
