@@ -116,7 +116,7 @@ def run(
     from qbench.evaluation.tasks import EvaluationOptions
     from qbench.record import CalibrationSpec
     from qbench.study import commands
-    from qbench.study.runner import Settings
+    from qbench.study.cells import Settings
     from qbench.study.sweep import task_spec
 
     settings = Settings(

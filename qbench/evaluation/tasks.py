@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from qbench.errors import QBenchError
 from qbench.evaluation.corpora import CORPORA, is_text_path, known_corpora
 from qbench.evaluation.definitions import pinned_tasks, read_definition
+from qbench.models.files import data_folder
 from qbench.record import Metric
 
 if TYPE_CHECKING:
@@ -117,7 +118,8 @@ class EvaluationOptions:
     """What holds for every task of a run."""
 
     data_dir: Path | None = None
-    """Folder with ``tasks/<task>/<split>.jsonl`` and ``corpora/``, looked at before the Hub."""
+    """Folder with ``tasks/<task>/<split>.jsonl`` and ``corpora/``, looked at before the Hub, or
+    ``bundled:world``."""
     max_length: int | None = None
     """Context in tokens; None is the model's own. Questions may go past it, windows never do."""
     encoding: str = "joint+bos"
@@ -128,7 +130,8 @@ class EvaluationOptions:
     """Draws the few-shot examples (lm-eval's own default)."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be."""
+        """Refuse what cannot be, and say where the bundled data are."""
+        object.__setattr__(self, "data_dir", data_folder(self.data_dir))
         if self.encoding not in ENCODINGS:
             raise QBenchError(
                 f"unknown encoding {self.encoding!r}; choose one of {', '.join(ENCODINGS)}"

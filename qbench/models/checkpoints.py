@@ -114,6 +114,25 @@ class Checkpoint:
         return None if self.bitnet is None or self.latent else self.bitnet.scheme
 
     @property
+    def why_not_quantized(self) -> str | None:
+        """One sentence why a BitNet checkpoint cannot be quantized afterwards; None if it can."""
+        if self.bitnet is None or self.latent:
+            return None
+        latent = (
+            "--latent (latent: true in a sweep) quantizes its latent weights"
+            if self.bitnet.is_latent
+            else "it holds ternary codes and no latent weights to quantize"
+        )
+        return f"{self.name} is trained at {self.bitnet.scheme.label}; {latent}"
+
+    @property
+    def why_not_saved(self) -> str | None:
+        """One sentence why its quantized model is no checkpoint of transformers; None if it is."""
+        if self.bitnet is None or not (self.latent and self.bitnet.has_input_norms):
+            return None
+        return f"{self.name} has norms inside its linears, for which transformers has no class"
+
+    @property
     def load_report(self) -> list[str]:
         """What was decided about a BitNet checkpoint, a line each; empty for any other."""
         if self.bitnet is None:

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qbench.errors import QBenchError, RunFailed
-from qbench.models.checkpoints import find_checkpoint
+from qbench.models.checkpoints import Checkpoint, find_checkpoint
 from qbench.models.checks import check_device, check_dtype
+from qbench.models.files import data_folder
 from qbench.progress import Reporter
 from qbench.record import QuantizationRecord, TaskRecord
 from qbench.registry import load_baseline
 from qbench.scheme import Scheme
-from qbench.study.runner import Cell, Settings, Workbench
+from qbench.study.cells import Cell, CellPlan, Settings
+from qbench.study.runner import Workbench
 from qbench.study.store import Store
 from qbench.study.sweep import Sweep
 
@@ -29,12 +31,13 @@ class Run:
     scheme: str
     save: Path | None = None
     allow_pickle: bool = False
+    latent: bool = False
 
 
 def run(chosen: Run, settings: Settings, results: Path) -> int:
     """Quantize and measure one cell; print what came out."""
     _hide_library_bars()
-    cell = Cell.of(
+    asked = Cell.of(
         load_baseline(chosen.baseline, parse_fields(chosen.fields)), Scheme.parse(chosen.scheme)
     )
     if chosen.save is not None:
@@ -45,14 +48,20 @@ def run(chosen: Run, settings: Settings, results: Path) -> int:
         raise QBenchError("--tasks names no task, and there is no --save: nothing is to be done")
     check_dtype(settings.dtype)
     check_device(settings.device)
-    checkpoint = find_checkpoint(chosen.checkpoint, allow_pickle=chosen.allow_pickle)
+    checkpoint = find_checkpoint(
+        chosen.checkpoint, allow_pickle=chosen.allow_pickle, latent=chosen.latent
+    )
     store = Store(results)
     store.check_writable()
     bench = Workbench(checkpoint, settings, store)
+    cell = bench.cell(asked)
     if reason := bench.why_not(cell):
         raise QBenchError(f"{cell.baseline.spec.name} cannot do {cell.scheme}: {reason}")
+    if chosen.save is not None and checkpoint.why_not_saved:
+        raise QBenchError(f"--save: {checkpoint.why_not_saved}; run it without --save")
     reporter = Reporter()
     reporter.line(f"{checkpoint.name} · {cell}")
+    _report_loading(checkpoint, reporter)
     plan = bench.plan(cell)
     for spec in plan.stored:
         stored = store.find_task(checkpoint.name, plan.key, bench.task_key(plan.key, spec))
@@ -68,9 +77,14 @@ def run(chosen: Run, settings: Settings, results: Path) -> int:
         reporter.line("a stored failure is repeated with --retry-failed")
     if chosen.save is not None:
         reporter.line(f"saved to {chosen.save}")
-        if cell.scheme.quantizes_activations:
+        if cell.scheme.quantizes_activations and not cell.trained:
             reporter.line("note: a checkpoint holds weights; activation quantizers are not in it")
     return 1 if failures else 0
+
+
+def _report_loading(checkpoint: Checkpoint, reporter: Reporter) -> None:
+    for line in checkpoint.load_report:
+        reporter.line(f"    {line}")
 
 
 def _print_outcome(record: QuantizationRecord | TaskRecord, suffix: str = "") -> None:
@@ -110,21 +124,38 @@ def run_sweep(
     if not dry_run:
         store.check_writable()
     benches = [
-        Workbench(find_checkpoint(name, allow_pickle=allow_pickle), settings, store)
-        for name in dict.fromkeys(asked.checkpoints)
+        Workbench(
+            find_checkpoint(entry.path, allow_pickle=allow_pickle, latent=entry.latent),
+            settings,
+            store,
+        )
+        for entry in asked.checkpoint_entries()
     ]
     reporter.line(f"{len(benches)} checkpoints x {len(cells)} cells · looking up what is stored")
-    plans = [(bench, bench.plan(cell)) for bench in benches for cell in cells]
+    plans = [(bench, bench.plan(cell)) for bench in benches for cell in bench.cells(cells)]
     if dry_run:
         from qbench.study.planning import plan_lines
 
         print("\n".join(plan_lines(plans)))
         return 0
-    failures, running = 0, benches[0]
+    failures = _run_plans(plans, reporter)
+    reporter.line(
+        f"results in {asked.results}"
+        + (f"; {failures} failed, repeat them with --retry-failed" if failures else "")
+    )
+    return 1 if failures else 0
+
+
+def _run_plans(plans: Sequence[tuple[Workbench, CellPlan]], reporter: Reporter) -> int:
+    """Run every cell that is not done, one checkpoint in memory at a time; how many failed."""
+    failures = 0
+    running: Workbench | None = None
     for number, (bench, plan) in enumerate(plans, 1):
         if bench is not running:
-            running.release()
+            if running is not None:
+                running.release()
             running = bench
+            _report_loading(bench.checkpoint, reporter)
         failures += plan.failed_tasks
         head = f"[{number}/{len(plans)}] {bench.checkpoint.name} · {plan.cell}"
         if plan.is_done and not plan.not_applicable:
@@ -142,11 +173,7 @@ def run_sweep(
         except QBenchError as error:  # this cell cannot be; the others can
             failures += 1
             reporter.line(f"    failed: {error}")
-    reporter.line(
-        f"results in {asked.results}"
-        + (f"; {failures} failed, repeat them with --retry-failed" if failures else "")
-    )
-    return 1 if failures else 0
+    return failures
 
 
 def _hide_library_bars() -> None:
@@ -168,6 +195,8 @@ def describe(record: QuantizationRecord | TaskRecord) -> str:
             return f"weights left at 16 bits{seconds}"
         fallback = f", {record.fallbacks} layers rounded to nearest" if record.fallbacks else ""
         bits = f"{record.effective_bits:.2f} bits per weight" if record.effective_bits else ""
+        if record.trained:
+            return f"{len(record.layers)} matrices as trained, {bits}{seconds}"
         return f"quantized {len(record.layers)} matrices, {bits}{fallback}{seconds}"
     key = record.key
     shots = f", {key.num_fewshot}-shot" if key.num_fewshot else ""
@@ -214,7 +243,7 @@ def doctor(data: Path | None, results: Path) -> int:
     """Print what was found; 1 if something a run needs is missing."""
     from qbench.study.doctor import examine
 
-    findings = examine(data, results)
+    findings = examine(data_folder(data), results)
     for finding in findings:
         print(finding)
     return 1 if any(finding.is_problem for finding in findings) else 0

@@ -76,15 +76,25 @@ def _runs(results: Path) -> Iterator[str]:
 
 
 def _checkpoints(results: Path) -> Iterator[str]:
+    """Bundled ones with their size, and those of stored results with their fingerprints."""
+    from qbench.models.checkpoints import find_checkpoint
+    from qbench.models.files import BUNDLED, bundled_checkpoints
     from qbench.study.store import Store
 
+    found = {}
+    for name in bundled_checkpoints():
+        checkpoint = find_checkpoint(f"{BUNDLED}{name}")
+        trained = checkpoint.trained_scheme
+        kind = f"trained at {trained.label}" if trained else "full precision"
+        found[f"{BUNDLED}{name}"] = f"{checkpoint.parameters / 1e6:.2f} M parameters, {kind}"
     seen: dict[str, set[str]] = {}
     for run in Store(results).runs():
         fingerprint = run.quantization.key.weights[:12]
         seen.setdefault(run.quantization.checkpoint, set()).add(fingerprint)
-    if not seen:
+    found |= {name: f"in {results}: {' '.join(sorted(seen[name]))}" for name in sorted(seen)}
+    if not found:
         raise QBenchError(
             f"no results under {results}, so no checkpoint is known; "
             "any folder or Hub id can be given to qbench run"
         )
-    return _aligned({name: " ".join(sorted(marks)) for name, marks in sorted(seen.items())})
+    return _aligned(found)

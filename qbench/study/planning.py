@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from qbench.study.runner import CellPlan, Workbench
+from qbench.study.cells import CellPlan
+from qbench.study.runner import Workbench
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _LIBRARIES = 0.7 * 2**30
@@ -52,6 +53,7 @@ def _checkpoint_lines(bench: Workbench) -> Iterator[str]:
         yield "  memory and disk unknown: sizes are read from safetensors headers alone"
         return
     yield f"{checkpoint.name}: {checkpoint.parameters / 1e6:.2f} M parameters, {mark}"
+    yield from (f"    {line}" for line in checkpoint.load_report)
     memory, disk = estimate(bench)
     yield f"  memory about {_size(memory)} at the peak; --save writes about {_size(disk)} per cell"
 

@@ -1,6 +1,6 @@
 """One checkpoint, many cells: quantize a copy, measure it, store every result as it comes.
 
-A cell is a baseline at a scheme. What does not depend on the cell (the model in memory, the
+What does not depend on the cell (the model in memory, the
 calibration windows, prepared tasks) is made once. What is stored already is not measured again;
 a failure is stored with its error and repeated only on request.
 """
@@ -10,17 +10,16 @@ from __future__ import annotations
 import copy
 import fnmatch
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qbench.baseline import resolve_scheme, why_not
 from qbench.errors import QBenchError, RunFailed
 from qbench.evaluation.corpora import is_text_path
-from qbench.evaluation.tasks import EvaluationOptions, PreparedTask, TaskSpec
+from qbench.evaluation.tasks import PreparedTask, TaskSpec
+from qbench.models.bitnet.trained import layer_reports
 from qbench.models.checkpoints import Checkpoint
 from qbench.progress import Reporter
 from qbench.quantization.quantize import Quantization, needs_calibration, quantize_model
@@ -33,71 +32,15 @@ from qbench.record import (
     TaskKey,
     TaskRecord,
 )
-from qbench.registry import LoadedBaseline
+from qbench.registry import load_baseline
 from qbench.scheme import Scheme
+from qbench.study.cells import Cell, CellPlan, Settings
 from qbench.study.environment import environment, peak_memory
 from qbench.study.store import Store
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What holds for every cell of a run or sweep."""
-
-    tasks: tuple[TaskSpec, ...]
-    options: EvaluationOptions = field(default_factory=EvaluationOptions)
-    calibration: CalibrationSpec = field(default_factory=CalibrationSpec)
-    seed: int = 0
-    dtype: str = "float32"
-    device: str = "cpu"
-    retry_failed: bool = False
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A baseline at a resolved scheme."""
-
-    baseline: LoadedBaseline
-    scheme: Scheme
-
-    @classmethod
-    def of(cls, baseline: LoadedBaseline, scheme: Scheme) -> Cell:
-        """Resolve the scheme for the baseline."""
-        return cls(baseline, resolve_scheme(scheme, baseline.instance))
-
-    @property
-    def not_applicable(self) -> str | None:
-        """One sentence why this cell cannot be, or None."""
-        return why_not(self.baseline.instance, self.scheme)
-
-    def __str__(self) -> str:
-        return f"{self.baseline.spec.name} {self.scheme}"
-
-
-@dataclass
-class CellPlan:
-    """What is stored of a cell and what is to be done."""
-
-    cell: Cell
-    key: QuantizationKey
-    not_applicable: str | None = None
-    failed: str | None = None
-    """Error of a stored failure that will not be repeated."""
-    failed_tasks: int = 0
-    """How many stored measurements are failures that will not be repeated."""
-    stored: list[TaskSpec] = field(default_factory=list)
-    pending: list[TaskSpec] = field(default_factory=list)
-    quantized: bool = False
-    """Whether a record of the quantization itself is stored."""
-
-    @property
-    def is_done(self) -> bool:
-        """Whether nothing is left to do."""
-        closed = self.not_applicable is not None or self.failed is not None
-        return closed or (self.quantized and not self.pending)
 
 
 class Workbench:
@@ -123,6 +66,25 @@ class Workbench:
         except QBenchError as error:
             self._unloadable = error
             raise
+
+    def cell(self, asked: Cell) -> Cell:
+        """What a cell is on this checkpoint: a BitNet left alone is at the scheme of its training.
+
+        Its scheme is its own, so that its rows stand at W1.58A8 and not at W16A16.
+        """
+        own = self.checkpoint.trained_scheme
+        left_alone = own is not None and asked.scheme.is_identity
+        return Cell(asked.baseline, own, trained=True) if own and left_alone else asked
+
+    def cells(self, asked: Sequence[Cell]) -> list[Cell]:
+        """The cells of a sweep on this checkpoint; on a BitNet the trained row is always one.
+
+        The others stay, to say why they cannot be.
+        """
+        if self.checkpoint.trained_scheme is None:
+            return list(asked)
+        trained = self.cell(Cell(load_baseline("none"), Scheme()))
+        return [trained, *(cell for cell in asked if not cell.scheme.is_identity)]
 
     def release(self) -> None:
         """Let go of the model and the tokenized data: another checkpoint needs the memory."""
@@ -166,6 +128,8 @@ class Workbench:
 
     def why_not(self, cell: Cell) -> str | None:
         """One sentence why this checkpoint cannot be quantized so, or None."""
+        if self.checkpoint.trained_scheme is not None and not cell.trained:
+            return self.checkpoint.why_not_quantized
         if cell.not_applicable or not (cell.scheme.has_groups or cell.scheme.overrides):
             return cell.not_applicable
         from qbench.grid import check_group_size
@@ -185,8 +149,9 @@ class Workbench:
     def key(self, cell: Cell) -> QuantizationKey:
         """What names the quantized model; at W16A16 it is the same model for every method."""
         instance = cell.baseline.instance
-        reads_data = needs_calibration(instance, cell.scheme) and not self.why_not(cell)
-        untouched = cell.scheme.is_identity
+        untouched = cell.changes_nothing
+        reads_data = not untouched and needs_calibration(instance, cell.scheme)
+        reads_data = reads_data and not self.why_not(cell)
         return QuantizationKey(
             weights=self.checkpoint.fingerprint,
             baseline=BaselineSpec(name="none") if untouched else cell.baseline.spec,
@@ -243,7 +208,8 @@ class Workbench:
         plan = self.plan(cell)
         if plan.not_applicable:
             record = self._record(plan, status="not_applicable", error=plan.not_applicable)
-            if self.store.find_quantization(self.checkpoint.name, plan.key) is None:
+            known = self.store.find_quantization(self.checkpoint.name, plan.key)
+            if known is None and self.checkpoint.trained_scheme is None:  # a BitNet has one row
                 self.store.save_quantization(record)
             yield record
             return
@@ -272,16 +238,18 @@ class Workbench:
         model = self.model
         with peak_memory(device) as peak, reporter.step(f"quantize {cell}") as progress:
             try:
-                if not cell.scheme.is_identity:
-                    model = copy.deepcopy(model)
-                result = quantize_model(
-                    model,
-                    cell.baseline.instance,
-                    cell.scheme,
-                    windows,
-                    seed=self.settings.seed,
-                    progress=lambda done, total, _: progress(done, total),
-                )
+                if cell.trained:
+                    result = Quantization(cell.scheme, layer_reports(model, cell.scheme))
+                else:
+                    model = model if cell.changes_nothing else copy.deepcopy(model)
+                    result = quantize_model(
+                        model,
+                        cell.baseline.instance,
+                        cell.scheme,
+                        windows,
+                        seed=self.settings.seed,
+                        progress=lambda done, total, _: progress(done, total),
+                    )
             except Exception as error:
                 if isinstance(error, QBenchError) and not isinstance(error, RunFailed):
                     raise
@@ -302,12 +270,13 @@ class Workbench:
         **status: Any,
     ) -> QuantizationRecord:
         layers: list[LayerReport] = result.layers if result else []
-        notes = list(result.notes) if result else []
+        notes = [*self.checkpoint.load_report, *(result.notes if result else [])]
         if plan.cell.scheme.depends_on_batch:
             notes.append("activation scales per input tensor: evaluated one unpadded row at a time")
         return QuantizationRecord(
             key=plan.key,
             checkpoint=self.checkpoint.name,
+            trained=plan.cell.trained,
             parameters=self.checkpoint.parameters or None,
             effective_bits=result.effective_bits if result else None,
             layers=layers,
@@ -346,9 +315,13 @@ class Workbench:
         return record
 
     def _save(self, model: PreTrainedModel, record: QuantizationRecord, folder: Path) -> None:
+        from qbench.models.bitnet.saving import save_trained
         from qbench.models.saving import save_checkpoint
 
-        save_checkpoint(model, self.tokenizer, record, folder)
+        if record.trained:
+            save_trained(self.checkpoint, model, self.tokenizer, folder, record)
+        else:
+            save_checkpoint(model, self.tokenizer, record, folder)
 
 
 def _describe(error: BaseException) -> str:

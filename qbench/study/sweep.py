@@ -1,6 +1,6 @@
 """Sweep files: which checkpoints, baselines, schemes and tasks, and the cells they make.
 
-    checkpoints: [../models/opt-125m]
+    checkpoints: [../models/opt-125m, bundled:b158-2m, {path: bundled:b158-2m, latent: true}]
     baselines: [none, absmax, {name: gptq, act_order: true, schemes: [W4A16, W2A16]}]
     schemes: [W8A8, W4A16, "W2A16g64:grid=asym"]
     calibration: {source: c4, nsamples: 128, seqlen: 2048, seed: 0}
@@ -9,7 +9,8 @@
 
 Every baseline meets every scheme, or its own list. The baseline ``none`` is the full-precision row:
 it runs once at W16A16 and at every scheme of 16-bit weights. A method at W16A16 would be that same
-model, so only ``none`` runs there.
+model, so only ``none`` runs there. A BitNet checkpoint has one row, at the scheme of its training;
+with ``latent: true`` its latent weights are quantized as an ordinary model's.
 """
 
 from __future__ import annotations
@@ -26,11 +27,22 @@ from qbench.evaluation.tasks import EvaluationOptions, TaskSpec
 from qbench.record import CalibrationSpec
 from qbench.registry import LoadedBaseline, load_baseline
 from qbench.scheme import WEIGHT_BITS, Scheme
-from qbench.study.runner import Cell, Settings
+from qbench.study.cells import Cell, Settings
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+
+class CheckpointEntry(_Strict):
+    """A checkpoint with its options."""
+
+    path: str
+    """As on the command line: a folder, ``bundled:NAME`` or a Hub id."""
+    latent: bool = False
+    """The latent weights of a BitNet checkpoint, as an ordinary model."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class BaselineEntry(BaseModel):
@@ -65,7 +77,7 @@ class CalibrationEntry(_Strict):
 class Sweep(_Strict):
     """A sweep file."""
 
-    checkpoints: list[str] = Field(min_length=1)
+    checkpoints: list[str | CheckpointEntry] = Field(min_length=1)
     baselines: list[str | BaselineEntry] = Field(min_length=1)
     schemes: list[str] = Field(min_length=1)
     tasks: list[str | TaskEntry] = Field(min_length=1)
@@ -104,6 +116,11 @@ class Sweep(_Strict):
             return cls(**data)
         except ValidationError as error:
             raise QBenchError(f"{path}: {_explain(error)}") from None
+
+    def checkpoint_entries(self) -> list[CheckpointEntry]:
+        """The checkpoints, without repeats."""
+        given = (CheckpointEntry(path=c) if isinstance(c, str) else c for c in self.checkpoints)
+        return list(dict.fromkeys(given))
 
     def task_specs(self) -> tuple[TaskSpec, ...]:
         """The tasks, with the sweep's own limit and shots where a task does not say."""
@@ -182,6 +199,7 @@ def _explain(error: ValidationError) -> str:
 
 _ENTRIES: dict[str, type[BaseModel]] = {
     "str": BaseModel,
+    "CheckpointEntry": CheckpointEntry,
     "BaselineEntry": BaselineEntry,
     "TaskEntry": TaskEntry,
 }

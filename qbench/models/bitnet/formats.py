@@ -79,6 +79,11 @@ class BitNetFormat:
         return self.storage == "latent"
 
     @property
+    def has_input_norms(self) -> bool:
+        """Whether its linears have norms inside."""
+        return self.norm_eps is not None or dict(self.options).get("norm", "none") != "none"
+
+    @property
     def renames(self) -> tuple[tuple[str, str], ...]:
         """(name in the file, name in the model) of parts of tensor names."""
         return _RENAMED if self.layout == "1bitLLM" else ()

@@ -18,10 +18,13 @@ from torch import Tensor
 from qbench.errors import QBenchError
 from qbench.models.bitnet.formats import CODES_PER_BYTE, SCALE
 from qbench.models.bitnet.layers import B158, BitLinear, bitlinears
-from qbench.models.saving import writing
+from qbench.models.saving import write_record, writing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from qbench.models.checkpoints import Checkpoint
+    from qbench.record import QuantizationRecord
 
 
 def pack(codes: Tensor) -> Tensor:
@@ -67,6 +70,7 @@ def save_latent(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     dtype: torch.dtype | None = None,
+    record: QuantizationRecord | None = None,
 ) -> None:
     """Save the latent weights of a model of BitLinear layers, to be quantized when it is loaded.
 
@@ -75,6 +79,7 @@ def save_latent(
         tokenizer: saved beside it.
         folder: made, or empty.
         dtype: of the stored tensors; None keeps theirs.
+        record: written beside the weights.
 
     Raises:
         QBenchError: for a frozen model, or quantizers that the stored form does not say.
@@ -92,7 +97,7 @@ def save_latent(
     if not _is_binary(layers):
         quantization = _quantization_config(model, layers, "online")
         state |= _norm_weights(layers)
-    _write(model, tokenizer, folder, state, quantization, dtype)
+    _write(model, tokenizer, folder, state, quantization, dtype, record)
 
 
 def save_packed(
@@ -100,6 +105,7 @@ def save_packed(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     dtype: torch.dtype | None = None,
+    record: QuantizationRecord | None = None,
 ) -> None:
     """Save the ternary codes of a b1.58 model, four in a byte, with a scale for each matrix.
 
@@ -108,6 +114,7 @@ def save_packed(
         tokenizer: saved beside it.
         folder: made, or empty.
         dtype: of scales, norms, embeddings and output head; None keeps theirs.
+        record: written beside the weights.
 
     Raises:
         QBenchError: for weights that are not ternary, quantizers that the stored form does not say,
@@ -136,7 +143,36 @@ def save_packed(
             raise QBenchError(f"{owner}: {error}") from None
         state[f"{owner}.{SCALE}"] = found.scale.to("cpu", tensor.dtype)
     state |= _norm_weights(layers)
-    _write(model, tokenizer, folder, state, quantization, dtype)
+    _write(model, tokenizer, folder, state, quantization, dtype, record)
+
+
+def save_trained(
+    checkpoint: Checkpoint,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    record: QuantizationRecord | None = None,
+) -> None:
+    """Save a BitNet as it runs: packed, or latent again where transformers has no class for it.
+
+    Args:
+        checkpoint: where ``model`` came from; a b1 model's latent weights are read again.
+        model: frozen.
+        tokenizer: saved beside it.
+        folder: made, or empty.
+        record: written beside the weights.
+
+    Raises:
+        QBenchError: see :func:`save_packed`.
+        RunFailed: if it cannot be written.
+    """
+    if not _is_binary(_layers(model)):
+        save_packed(model, tokenizer, folder, record=record)
+        return
+    from qbench.models.bitnet.loading import load
+
+    dtype = str(model.dtype).removeprefix("torch.")
+    save_latent(load(checkpoint, "online", dtype), tokenizer, folder, record=record)
 
 
 def _layers(model: PreTrainedModel) -> dict[str, BitLinear]:
@@ -207,6 +243,7 @@ def _write(
     state: dict[str, Tensor],
     quantization: dict[str, Any] | None,
     dtype: torch.dtype | None,
+    record: QuantizationRecord | None,
 ) -> None:
     from safetensors.torch import save_file
 
@@ -226,3 +263,5 @@ def _write(
         save_file(stored, partial / "model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        if record is not None:
+            write_record(record, partial)

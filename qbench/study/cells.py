@@ -1,0 +1,75 @@
+"""What runs and sweeps consist of: cells (a baseline at a scheme), and what is left of each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from qbench.baseline import resolve_scheme, why_not
+from qbench.evaluation.tasks import EvaluationOptions, TaskSpec
+from qbench.record import CalibrationSpec, QuantizationKey
+from qbench.registry import LoadedBaseline
+from qbench.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What holds for every cell of a run or sweep."""
+
+    tasks: tuple[TaskSpec, ...]
+    options: EvaluationOptions = field(default_factory=EvaluationOptions)
+    calibration: CalibrationSpec = field(default_factory=CalibrationSpec)
+    seed: int = 0
+    dtype: str = "float32"
+    device: str = "cpu"
+    retry_failed: bool = False
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A baseline at a resolved scheme, or a model as it was trained."""
+
+    baseline: LoadedBaseline
+    scheme: Scheme
+    trained: bool = False
+    """The checkpoint was trained at the scheme, and nothing is quantized afterwards."""
+
+    @classmethod
+    def of(cls, baseline: LoadedBaseline, scheme: Scheme) -> Cell:
+        """Resolve the scheme for the baseline."""
+        return cls(baseline, resolve_scheme(scheme, baseline.instance))
+
+    @property
+    def not_applicable(self) -> str | None:
+        """One sentence why this cell cannot be, or None."""
+        return None if self.trained else why_not(self.baseline.instance, self.scheme)
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether the model is measured as its checkpoint holds it."""
+        return self.trained or self.scheme.is_identity
+
+    def __str__(self) -> str:
+        return f"{'trained' if self.trained else self.baseline.spec.name} {self.scheme}"
+
+
+@dataclass
+class CellPlan:
+    """What is stored of a cell and what is to be done."""
+
+    cell: Cell
+    key: QuantizationKey
+    not_applicable: str | None = None
+    failed: str | None = None
+    """Error of a stored failure that will not be repeated."""
+    failed_tasks: int = 0
+    """How many stored measurements are failures that will not be repeated."""
+    stored: list[TaskSpec] = field(default_factory=list)
+    pending: list[TaskSpec] = field(default_factory=list)
+    quantized: bool = False
+    """Whether a record of the quantization itself is stored."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is left to do."""
+        closed = self.not_applicable is not None or self.failed is not None
+        return closed or (self.quantized and not self.pending)
