@@ -155,10 +155,12 @@ def sweep(
 
 @app.command()
 def table(
-    layout: Annotated[str, typer.Option(help="comparison, bitnet-table3, b158-table2")] = (
-        "comparison"
-    ),
-    metric: Annotated[str, typer.Option(help="acc, acc_norm or acc_token")] = "acc",
+    layout: Annotated[
+        str, typer.Option(help="comparison, sizes, bitnet-table3, b158-table2")
+    ] = "comparison",
+    metric: Annotated[
+        str, typer.Option(help="acc, acc_norm or acc_token; in sizes bits_per_byte too")
+    ] = "acc",
     format: Annotated[str, typer.Option(help="terminal, md, latex, csv or html")] = "terminal",
     against: Annotated[str | None, typer.Option(help="A published table.")] = None,
     delta: Annotated[bool, typer.Option(help="Difference to full precision.")] = False,
@@ -204,9 +206,17 @@ def table(
 @app.command()
 def plot(
     output: Annotated[Path, typer.Option("--output", "-o", help=".png, .svg or .pdf")],
-    kind: Annotated[str | None, typer.Option(help="accuracy-vs-bits, perplexity-vs-bits")] = None,
-    metric: Annotated[str, typer.Option(help="acc, acc_norm, acc_token or perplexity")] = "acc",
+    kind: Annotated[
+        str | None,
+        typer.Option(help="accuracy-vs-bits, perplexity-vs-bits, accuracy-vs-size, loss-vs-size"),
+    ] = None,
+    metric: Annotated[
+        str, typer.Option(help="acc, acc_norm, acc_token, perplexity or bits_per_byte")
+    ] = "acc",
     x: Annotated[str, typer.Option(help="wbits or effective_bits")] = "wbits",
+    against: Annotated[
+        str | None, typer.Option(help="A published table; against size only.")
+    ] = None,
     width: Annotated[float | None, typer.Option(help="Inches.")] = None,
     checkpoint: Names = [],  # noqa: B006
     baseline: Names = [],  # noqa: B006
@@ -215,17 +225,21 @@ def plot(
     num_fewshot: Annotated[int | None, typer.Option()] = None,
     results: Results = DEFAULT_RESULTS,
 ) -> None:
-    """Draw accuracy or perplexity against bits."""
+    """Draw accuracy or perplexity against bits, or accuracy or loss against model size.
+
+    Against size, full-precision and trained rows are there, and quantized ones where --baseline or
+    --scheme names them.
+    """
     from qbench.study.plots import plot as draw
     from qbench.study.store import Store
 
-    is_perplexity = metric == "perplexity"
     path = draw(
         Store(results),
-        kind or ("perplexity-vs-bits" if is_perplexity else "accuracy-vs-bits"),
+        kind,
         output=output,
         x=x,
-        metric="acc" if is_perplexity else metric,
+        metric=metric,
+        against=against,
         width_in=width,
         checkpoints=checkpoint or None,
         baselines=baseline or None,

@@ -29,8 +29,8 @@ from qbench.study.sizes import (
     SizePanel,
     accuracy_panels,
     in_families,
+    left_out_line,
     loss_panels,
-    remark_left_out,
     size_caption,
     with_sizes,
 )
@@ -68,8 +68,7 @@ def draw_against_size(
     shown, left_out = in_families(entries, asked)
     panels = accuracy_panels(shown) if accuracy else loss_panels(shown, metric)
     panels = with_sizes(panels, "accuracies" if accuracy else "losses")
-    remark_left_out(panels, left_out)
-    about = size_caption(shown, panels, accuracy, metric)
+    about = [*size_caption(shown, panels, accuracy, metric), *left_out_line(left_out)]
     looks = _looks(panels)
     with our_style():
         figure, grid, width = empty_figure(len(panels), width_in, share_y=accuracy)

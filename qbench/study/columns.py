@@ -38,7 +38,7 @@ def scheme_column(entries: Sequence[Entry]) -> Column:
 
 def method_column(heading: str, entries: Sequence[Entry]) -> Column:
     """The method, with what a reader must know of the whole run: fallbacks, failures, source."""
-    return Column((heading,), [Cell(_method(e), _run_notes(e)) for e in entries], False)
+    return Column((heading,), [Cell(_method(e), run_notes(e)) for e in entries], False)
 
 
 def score_column(
@@ -173,7 +173,8 @@ def _method(entry: Entry) -> str:
     return f"{entry.method} (published)" if entry.source == "published" else entry.method
 
 
-def _run_notes(entry: Entry) -> tuple[str, ...]:
+def run_notes(entry: Entry) -> tuple[str, ...]:
+    """What a reader must know of a whole run: layers that fell back, failures, its source."""
     facts, notes = entry.facts, []
     where = f"{entry.name} on {facts.get('checkpoint', '')}"
     if facts.get("fallbacks"):

@@ -1,14 +1,14 @@
 """Which columns a table has and how its rows are ordered: ours, and two of the BitNet papers.
 
-``comparison`` (default), ``bitnet-table3`` (BitNet, arXiv 2310.11453, Table 3) and ``b158-table2``
-(BitNet b1.58, arXiv 2402.17764, Table 2). A paper's layout keeps the paper's columns, so one that
-was not measured is empty, and an average stands only where all its tasks were measured.
-Perplexities of different protocols never share a column.
+``comparison`` (default), ``sizes`` (:mod:`qbench.study.size_table`), ``bitnet-table3`` (BitNet,
+arXiv 2310.11453, Table 3) and ``b158-table2`` (BitNet b1.58, arXiv 2402.17764, Table 2). A paper's
+layout keeps the paper's columns, so one that was not measured is empty, and an average stands only
+where all its tasks were measured. Perplexities of different protocols never share a column.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,6 +33,7 @@ from qbench.study.entries import (
 )
 from qbench.study.headings import chance_level, short_name
 from qbench.study.sheet import MISSING, Column, Sheet, size_text
+from qbench.study.size_table import size_sheet
 
 _BITNET_TASKS = ("WG", "WGe", "HS", "SC")
 _B158_TASKS = ("ARCe", "ARCc", "HS", "BQ", "OQ", "PQ", "WGe")
@@ -47,6 +48,8 @@ class Options:
     """Name of a published table whose rows are added."""
     delta: bool = False
     """Whether columns with the difference to the full-precision row are added."""
+    asked: Collection[str] | None = None
+    """By size: the runs of quantized rows that are wanted; None wants all."""
 
 
 def lay_out(layout: str, entries: Sequence[Entry], options: Options) -> Sheet:
@@ -122,11 +125,17 @@ def _b158_table2(entries: list[Entry], options: Options) -> Sheet:
     return _sheet(title, columns, rows, rules, options, keys)
 
 
+def _sizes(entries: list[Entry], options: Options) -> Sheet:
+    return size_sheet([*entries, *_published(options, [])], options.metric, options.asked)
+
+
 LAYOUTS: dict[str, Callable[[list[Entry], Options], Sheet]] = {
     "comparison": _comparison,
     "bitnet-table3": _bitnet_table3,
     "b158-table2": _b158_table2,
+    "sizes": _sizes,
 }
+BY_SIZE = ("sizes",)
 
 
 def _sheet(

@@ -30,7 +30,7 @@ BY_SIZE = KINDS[2:]
 
 def plot(
     store: Store,
-    kind: str = "accuracy-vs-bits",
+    kind: str | None = None,
     *,
     output: Path | str,
     x: str = "wbits",
@@ -48,11 +48,11 @@ def plot(
     Args:
         store: where the results are.
         kind: ``accuracy-vs-bits``, ``perplexity-vs-bits``, ``accuracy-vs-size`` or
-            ``loss-vs-size``.
+            ``loss-vs-size``; None takes the first one that shows the metric.
         output: a .png, .svg or .pdf file; its folder is made if need be.
         x: ``wbits`` or ``effective_bits``; not for the kinds against size.
-        metric: ``acc``, ``acc_norm`` or ``acc_token``; ``perplexity`` chooses the kind against
-            bits or size that shows it, and so does ``bits_per_byte``, a loss.
+        metric: ``acc``, ``acc_norm`` or ``acc_token``; ``perplexity`` takes the kind against bits
+            or size that shows it; ``bits_per_byte`` is a loss.
         against: name of a published table whose full-precision and trained rows are added, hollow;
             only for the kinds against size.
         width_in: width of the figure in inches; None fits the number of panels.
@@ -71,14 +71,13 @@ def plot(
     check_suffix(output)
     kind, metric = _kind_and_metric(kind, metric)
     rows = {"checkpoints": checkpoints, "tasks": tasks}
-    shown = metric if metric in METRICS else METRICS[0]
+    quantized = {"baselines": baselines, "schemes": schemes}
     asked = None
     if kind in BY_SIZE:
-        entries = stored_entries(store, shown, num_fewshot=num_fewshot, **rows)
-        asked = asked_for(store, baselines, schemes, num_fewshot=num_fewshot, **rows)
-    else:
-        quantized = {"baselines": baselines, "schemes": schemes}
-        entries = stored_entries(store, shown, num_fewshot=num_fewshot, **rows, **quantized)
+        asked = asked_for(store, num_fewshot=num_fewshot, **rows, **quantized)
+        quantized = {}
+    of = metric if metric in METRICS else METRICS[0]
+    entries = stored_entries(store, of, num_fewshot=num_fewshot, **rows, **quantized)
     figure = draw(
         entries, kind, x=x, metric=metric, against=against, width_in=width_in, asked=asked
     )
@@ -88,7 +87,7 @@ def plot(
 
 def draw(
     entries: Sequence[Entry],
-    kind: str = "accuracy-vs-bits",
+    kind: str | None = None,
     *,
     x: str = "wbits",
     metric: str = "acc",
@@ -118,7 +117,7 @@ def draw(
             raise QBenchError(
                 f"{kind} has no published points; --against is for {' and '.join(BY_SIZE)}"
             )
-        return draw_against_bits(entries, kind == KINDS[0], x, metric, width_in)
+        return draw_against_bits(entries, kind == "accuracy-vs-bits", x, metric, width_in)
     if x != X_AXES[0]:
         raise QBenchError(f"{kind} has sizes on its axis, not {x}; leave --x out")
     published = [] if against is None else reference.entries(against, [])
@@ -127,18 +126,19 @@ def draw(
     )
 
 
-def _kind_and_metric(kind: str, metric: str) -> tuple[str, str]:
+def _kind_and_metric(kind: str | None, metric: str) -> tuple[str, str]:
     """The kind that shows a metric, and the metric as that kind takes it."""
-    if kind not in KINDS:
-        raise unknown("plot", kind, KINDS)
+    accuracy, perplexity, _, loss_by_size = KINDS
     if metric not in (*METRICS, *LOSSES):
         raise unknown("metric", metric, (*METRICS, *LOSSES))
-    if metric == "bits_per_byte" and kind not in BY_SIZE:
-        raise QBenchError(f"{kind} does not show bits_per_byte; take --kind loss-vs-size")
+    if kind is None:
+        kind = loss_by_size if metric == "bits_per_byte" else accuracy
+    if kind not in KINDS:
+        raise unknown("plot", kind, KINDS)
     if kind in BY_SIZE:
-        kind = "loss-vs-size" if metric in LOSSES else kind
-        metric = "perplexity" if kind == "loss-vs-size" and metric not in LOSSES else metric
-        return kind, metric
-    if metric == "perplexity":
-        return KINDS[1], METRICS[0]
-    return kind, metric
+        if metric in LOSSES:
+            return loss_by_size, metric
+        return kind, LOSSES[0] if kind == loss_by_size else metric
+    if metric == "bits_per_byte":
+        raise QBenchError(f"{kind} does not show {metric}; take --kind {loss_by_size}")
+    return (perplexity, METRICS[0]) if metric in LOSSES else (kind, metric)

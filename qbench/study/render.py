@@ -12,7 +12,7 @@ import io
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qbench.study.sheet import Column, Sheet
 
@@ -157,7 +157,7 @@ def tidy_csv(sheet: Sheet) -> str:
     writer = csv.DictWriter(text, [*_HEADER, *_NUMBERS], extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for facts, row in zip(sheet.facts, sheet.rows(), strict=True):
-        of_row = {name: "" if facts.get(name) is None else facts[name] for name in _FACTS}
+        of_row = _facts(facts)
         notes = [note for cell in row if cell.measured is None for note in cell.notes]
         numbers = [cell for cell in row if cell.measured is not None]
         if not numbers:
@@ -169,8 +169,12 @@ def tidy_csv(sheet: Sheet) -> str:
             values |= {name: number.conditions.get(name) for name in _CONDITIONS}
             values |= {"value": number.value, "stderr": number.stderr, "best": cell.best}
             values["notes"] = "; ".join([*notes, *cell.notes])
-            writer.writerow(of_row | values)
+            writer.writerow((of_row if cell.facts is None else _facts(cell.facts)) | values)
     return text.getvalue()
+
+
+def _facts(facts: dict[str, Any]) -> dict[str, Any]:
+    return {name: "" if facts.get(name) is None else facts[name] for name in _FACTS}
 
 
 def terminal(sheet: Sheet, width: int = 100) -> str:

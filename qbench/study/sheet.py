@@ -26,6 +26,8 @@ class Cell:
     measured: Measured | None = None
     comparable: bool = True
     """False where it was measured differently from the rest of the column."""
+    facts: dict[str, Any] | None = None
+    """The facts of the number's own run, in a table whose rows hold several runs."""
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ ROLES = ("full precision", "trained", "ptq")
 
 _UNITS = {"perplexity": "token", "word_perplexity": "word", "byte_perplexity": "byte"}
 _SAME_TOKENS = 1.01  # bytes per token within this factor are one vocabulary on one text
+_LATENT = "-latent"  # what qbench.models.checkpoints adds to the name of such a checkpoint
 _LEFT_OUT = "quantized rows are shown where --baseline or --scheme names them; stored"
 _PUBLISHED = "hollow: published"
 _ELSEWHERE = "hollow: published, measured on another text with other tokens"
@@ -43,6 +44,8 @@ class SizePanel(Panel):
     unit: str = ""
     """A loss is in bits per this."""
     laws: dict[Line, PowerLaw] = field(default_factory=dict)
+    lawless: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    """Why there is no law, or what to know of it -> what it is about."""
 
     def lines(self) -> dict[Line, list[Point]]:
         """The points by family, smallest model first."""
@@ -53,12 +56,23 @@ class SizePanel(Panel):
 
 
 def role(entry: Entry) -> str:
-    """``full precision``, ``trained`` or ``ptq``; published rows have no scheme to tell it by."""
+    """``full precision``, ``trained`` or ``ptq``; published rows have no scheme to tell it by.
+
+    Latent weights that nothing quantizes are no full-precision model: they were trained to be
+    rounded, and count with the quantized rows.
+    """
     if entry.trained:
         return "trained"
+    if is_latent(entry):
+        return "ptq"
     widths = entry.facts["wbits"], entry.facts["abits"]
     whole = entry.full_precision or (entry.source == "published" and min(widths) >= 16)
     return "full precision" if whole else "ptq"
+
+
+def is_latent(entry: Entry) -> bool:
+    """Whether the row is about the latent weights of a trained low-bit checkpoint."""
+    return str(entry.facts["checkpoint"]).endswith(_LATENT)
 
 
 def in_families(
@@ -193,7 +207,7 @@ def with_sizes(panels: Sequence[SizePanel], what: str) -> list[SizePanel]:
 
 
 def law_lines(panels: Sequence[SizePanel]) -> list[str]:
-    """The fitted laws in words, each with its distance from its points."""
+    """The fitted laws in words, each with its distance from its points, and why others are not."""
     found = []
     for panel in panels:
         where = f"{panel.title}: " if len(panels) > 1 else ""
@@ -203,7 +217,12 @@ def law_lines(panels: Sequence[SizePanel]) -> list[str]:
             found.append(f"{where}{name}: L(N) = {law}, within {near:.3f} of {law.n_sizes} sizes")
     if found:
         found.append("N in 10⁹ parameters. Compare curves: the coefficients are ill-conditioned.")
-    return found
+    reasons: dict[str, list[str]] = {}
+    for panel in panels:
+        for text, names in panel.lawless.items():
+            told = reasons.setdefault(text, [])
+            told += [name for name in names if name not in told]
+    return found + [f"{text}: {', '.join(names)}" for text, names in reasons.items()]
 
 
 def size_caption(
@@ -220,10 +239,10 @@ def size_caption(
     return [*first, *law_lines(panels), *caption(entries, panels, accuracy, metric)]
 
 
-def remark_left_out(panels: Sequence[SizePanel], families: Sequence[str]) -> None:
-    """Tell on the first panel, in place, which quantized rows nobody asked for."""
-    if panels and families:
-        panels[0].remarks[_LEFT_OUT] = list(families)
+def left_out_line(families: Sequence[str]) -> list[str]:
+    """Which quantized families nobody asked for."""
+    more = f" and {len(families) - 5} more" if len(families) > 5 else ""
+    return [f"{_LEFT_OUT}: {', '.join(families[:5])}{more}"] if families else []
 
 
 def _on(entries: Sequence[Entry], key: Key, measured: Sequence[Key]) -> Iterator[Entry]:
@@ -281,7 +300,7 @@ def _add_laws(panel: SizePanel, lengths: dict[Line, list[float]]) -> None:
     if every and max(every) > _SAME_TOKENS * min(every):
         how = f"{min(every):.2f} to {max(every):.2f} bytes a token"
         advice = "other vocabularies; --metric bits_per_byte compares"
-        panel.remarks[f"losses per token do not compare, {advice}"] = [how]
+        panel.lawless[f"losses per token do not compare, {advice}"] = [how]
     for line, points in panel.lines().items():
         own = lengths.get(line, [])
         chosen = [point for point in points if point.comparable and point.fitted]
@@ -291,7 +310,7 @@ def _add_laws(panel: SizePanel, lengths: dict[Line, list[float]]) -> None:
                 raise QBenchError("the models have different vocabularies")
             panel.laws[line] = fit([p.x for p in chosen], [p.y for p in chosen])
         except QBenchError as error:
-            panel.remarks[f"not fitted: {error}"].append(name)
+            panel.lawless[f"not fitted: {error}"].append(name)
 
 
 def _token_length(number: Measured, loss: Measured) -> list[float]:
@@ -308,7 +327,9 @@ def _family(entry: Entry) -> str:
     widths = entry.facts["scheme" if entry.mixed else "label"]
     if kind == "full precision":
         return kind
-    return f"trained at {widths}" if kind == "trained" else f"{entry.series} {widths}"
+    if kind == "trained":
+        return f"trained at {widths}"
+    return f"{entry.series} {widths}{' of latent weights' if is_latent(entry) else ''}"
 
 
 def _order(entry: Entry) -> tuple[object, ...]:

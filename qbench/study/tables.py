@@ -12,7 +12,7 @@ from qbench.errors import QBenchError, unknown
 from qbench.study import render
 from qbench.study.entries import Entry, entries, select
 from qbench.study.frame import frame
-from qbench.study.layouts import LAYOUTS, Options, lay_out
+from qbench.study.layouts import BY_SIZE, LAYOUTS, Options, lay_out
 from qbench.study.sheet import Sheet
 from qbench.study.store import Store
 
@@ -48,15 +48,16 @@ def table(
 
     Args:
         store: where the results are.
-        layout: ``comparison``, ``bitnet-table3`` or ``b158-table2``.
+        layout: ``comparison``, ``sizes``, ``bitnet-table3`` or ``b158-table2``.
         metric: ``acc``, ``acc_norm`` (per character) or ``acc_token`` (per token); a task that
-            has it not shows its ``acc`` and says so.
+            has it not shows its ``acc`` and says so. ``sizes`` takes ``bits_per_byte`` as well.
         against: name of a published table whose rows are added, labelled as published.
-        delta: add the difference to the full-precision row.
+        delta: add the difference to the full-precision row; ``sizes`` always has it.
         format: ``md``, ``latex``, ``csv``, ``html`` or ``terminal``.
         width: characters in a line, for the terminal.
         checkpoints: keep these only; this and the next three take shell-style patterns.
-        baselines: keep these methods only.
+        baselines: keep these methods only. In ``sizes`` this and the next choose the quantized rows
+            that join the full-precision and trained ones; without them there are none.
         schemes: keep these only, by label (``W4A16``) or full text.
         tasks: keep these columns only.
         num_fewshot: keep measurements with this many examples only.
@@ -68,16 +69,17 @@ def table(
         raise unknown("format", format, FORMATS)
     if layout not in LAYOUTS:
         raise unknown("layout", layout, LAYOUTS)
-    rows = stored_entries(
-        store,
-        metric,
-        checkpoints=checkpoints,
-        baselines=baselines,
-        schemes=schemes,
-        tasks=tasks,
-        num_fewshot=num_fewshot,
-    )
-    sheet = lay_out(layout, rows, Options(metric, against, delta))
+    if metric not in METRICS and (layout not in BY_SIZE or metric != "bits_per_byte"):
+        raise unknown("metric", metric, METRICS)
+    rows = {"checkpoints": checkpoints, "tasks": tasks}
+    quantized = {"baselines": baselines, "schemes": schemes}
+    asked = None
+    if layout in BY_SIZE:
+        asked = asked_for(store, num_fewshot=num_fewshot, **rows, **quantized)
+        quantized = {}
+    of = metric if metric in METRICS else METRICS[0]
+    shown = stored_entries(store, of, num_fewshot=num_fewshot, **rows, **quantized)
+    sheet = lay_out(layout, shown, Options(metric, against, delta, asked))
     return render.terminal(sheet, width) if format == "terminal" else FORMATS[format](sheet)
 
 
@@ -104,9 +106,9 @@ def stored_entries(
 
 def asked_for(
     store: Store,
-    baselines: Sequence[str] | None,
-    schemes: Sequence[str] | None,
     *,
+    baselines: Sequence[str] | None = None,
+    schemes: Sequence[str] | None = None,
     checkpoints: Sequence[str] | None = None,
     tasks: Sequence[str] | None = None,
     num_fewshot: int | None = None,
