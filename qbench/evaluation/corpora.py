@@ -104,6 +104,10 @@ CORPORA: dict[str, CorpusDefinition] = {
         HubSource("roneneldan/TinyStories"),
         protocol="documents",
     ),
+    "world": CorpusDefinition(
+        "the bundled world's held-out documents, each by itself (--data bundled:world)",
+        protocol="documents",
+    ),
 }
 _FILE = CorpusDefinition("a text or JSONL file", packed_by_lines=True)
 _FOLDER = CorpusDefinition("a folder of the data folder")

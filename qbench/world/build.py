@@ -1,14 +1,14 @@
 """Making the bundled world's files: corpora, tokenizer and the rows of nine tasks.
 
-What lies in ``qbench/world/data`` is what :func:`write_world` writes; a test holds the two together.
-The training corpus (60,000 documents, 10 MB) is written again wherever it is needed instead of being
-shipped. Everything follows from the seed.
+What lies in ``qbench/world/data`` is what :func:`write_world` writes; a test holds the two
+together. The training corpus (60,000 documents, 10 MB) is written again wherever it is needed
+instead of being shipped. Everything follows from the seed.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,7 +40,8 @@ def training_corpus() -> tuple[str, ...]:
 
 def held_out_corpus() -> list[str]:
     """Documents of the same kinds, none of which is in the training corpus."""
-    seen, found = set(training_corpus()), []
+    seen = set(training_corpus())
+    found: list[str] = []
     for text in documents(World(SEED), "held out", 2 * HELD_OUT_DOCUMENTS):
         if text not in seen and len(found) < HELD_OUT_DOCUMENTS:
             found.append(text)
@@ -84,7 +85,7 @@ def _texts(documents: Iterable[str]) -> list[dict[str, str]]:
     return [{"text": text} for text in documents]
 
 
-def _write(path: Path, rows: Iterable[dict[str, object]]) -> None:
+def _write(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     path.write_text("".join(lines), encoding="utf-8")

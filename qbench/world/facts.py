@@ -14,14 +14,14 @@ from qbench.world import lexicon
 MATERIAL_OF = {thing: made for made, things in lexicon.THINGS.items() for thing in things}
 THINGS = tuple(MATERIAL_OF)
 
-PERSON_ATTRIBUTES = {
+PERSON_ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "home": lexicon.PLACES,
     "trade": lexicon.TRADES,
     "pet": lexicon.ANIMALS,
     "food": lexicon.FOODS,
     "habit": lexicon.HABITS,
 }
-THING_ATTRIBUTES = {
+THING_ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "material": tuple(lexicon.THINGS),
     "room": lexicon.ROOMS,
     "colour": lexicon.COLOURS,

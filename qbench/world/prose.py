@@ -1,8 +1,9 @@
 """What is written about the bundled world: documents of the training and the held-out corpus.
 
-A document is a few sentences of one kind. Whatever a question of :mod:`qbench.world.questions` asks
-about is named by a key, and what :func:`~qbench.world.facts.held_out` keeps back for the questions is
-written in no document: the model sees the rule and other cases of it, never the sentence itself.
+A document is a few sentences of one kind. Whatever a question of :mod:`qbench.world.questions`
+asks about is named by a key, and what :func:`~qbench.world.facts.held_out` keeps back for the
+questions is written in no document: the model sees the rule and other cases of it, never the
+sentence itself.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ FACTS = {
 QUESTIONS = {
     "home": ("Where does {n} live?", "Where is the home of {n}?", "Where do you find {n}?"),
     "trade": ("What is the trade of {n}?", "What does {n} work as?", "How does {n} earn money?"),
-    "pet": ("Which animal does {n} have?", "What is the pet of {n}?", "What does {n} keep at home?"),
+    "pet": ("Which animal does {n} have?", "What is the pet of {n}?",
+            "What does {n} keep at home?"),
     "food": ("What does {n} like to eat?", "What is the favourite food of {n}?",
              "What does {n} eat every day?"),
     "habit": ("What does {n} do in the evening?", "What is the habit of {n}?",
@@ -123,22 +125,29 @@ def story(number: int, twin: int, person: Person, place: str) -> tuple[list[str]
     return told, [ending.format(**words) for ending in ordered]
 
 
-def passage(rng: random.Random) -> tuple[str, list[tuple[str, bool]]]:
-    """Two people, two things: a titled passage and every yes-or-no question about it."""
+def passage(rng: random.Random) -> tuple[str, list[tuple[str, bool]], list[tuple[str, str]]]:
+    """Two people, two things: a titled passage, its yes-or-no and its open questions."""
     people, things = rng.sample(PEOPLE, 2), rng.sample(THINGS, 2)
     colours, places = rng.sample(lexicon.COLOURS, 2), rng.sample(lexicon.PLACES, 2)
-    facts, asked = [], []
+    facts, closed, opened = [], [], []
     for i in (0, 1):
         name = people[i].name
         facts += [f"{name} has a {colours[i]} {things[i]}.", f"{name} goes to the {places[i]}."]
+        opened += [
+            (f"who has the {things[i]}", name),
+            (f"who goes to the {places[i]}", name),
+            (f"what does {name} have", f"the {things[i]}"),
+            (f"where does {name} go", f"to the {places[i]}"),
+            (f"which colour is the {things[i]}", colours[i]),
+        ]
         for j in (0, 1):
-            asked += [
+            closed += [
                 (f"does {name} have the {things[j]}", i == j),
                 (f"does {name} go to the {places[j]}", i == j),
                 (f"is the {things[i]} {colours[j]}", i == j),
             ]
     rng.shuffle(facts)
-    return f"{people[0].name} and {people[1].name} -- {' '.join(facts)}", asked
+    return f"{people[0].name} and {people[1].name} -- {' '.join(facts)}", closed, opened
 
 
 def document(world: World, rng: random.Random) -> str:
@@ -163,20 +172,18 @@ def _until_open(draw: Callable[[], tuple[tuple[Any, ...], str]]) -> str:
 
 
 def _about_person(world: World, rng: random.Random) -> str:
-    person = rng.choice(PEOPLE)
-    facts = list(world.people[person.name].items())
-    rng.shuffle(facts)
-    first, *rest = [rng.choice(FACTS[attribute][:2]).format(n="{n}", v=v) for attribute, v in facts]
-    told = [text.format(n=person.name) for text in [first, *rest]]
-    return " ".join(told)
+    return _portrait(rng.choice(PEOPLE).name, world.people, rng)
 
 
 def _about_thing(world: World, rng: random.Random) -> str:
-    thing = rng.choice(THINGS)
-    facts = list(world.things[thing].items())
+    return _portrait(rng.choice(THINGS), world.things, rng)
+
+
+def _portrait(name: str, table: dict[str, dict[str, str]], rng: random.Random) -> str:
+    """Every fact about one person or thing, in random order and words."""
+    facts = list(table[name].items())
     rng.shuffle(facts)
-    told = [rng.choice(FACTS[attribute]).format(n=thing, v=value) for attribute, value in facts]
-    return " ".join(told)
+    return " ".join(rng.choice(FACTS[attribute]).format(n=name, v=v) for attribute, v in facts)
 
 
 def _facts(world: World, rng: random.Random) -> str:
@@ -317,8 +324,11 @@ def _story(world: World, rng: random.Random) -> str:
 
 def _passage(world: World, rng: random.Random) -> str:
     def draw() -> tuple[tuple[Any, ...], str]:
-        text, asked = passage(rng)
-        lines = [f"Question: {q}?\nAnswer: {'yes' if a else 'no'}" for q, a in rng.sample(asked, 4)]
+        text, closed, opened = passage(rng)
+        asked = [(q, "yes" if answer else "no") for q, answer in rng.sample(closed, 3)]
+        asked += rng.sample(opened, 3)
+        rng.shuffle(asked)
+        lines = [question(f"{q}?", answer) for q, answer in asked]
         return ("passage", text), "\n".join([text, *lines])
 
     return _until_open(draw)
@@ -337,8 +347,8 @@ def _how_to(world: World, rng: random.Random) -> str:
 
 
 KINDS: tuple[tuple[Callable[[World, random.Random], str], float], ...] = (
-    (_about_person, 6), (_about_thing, 7), (_facts, 7), (_fact_questions, 11), (_which_questions, 7),
-    (_rules, 10), (_rule_questions, 7), (_needs, 5), (_because, 13), (_so, 8), (_between_things, 8),
-    (_activity, 6), (_story, 8), (_passage, 16), (_how_to, 7),
+    (_about_person, 6), (_about_thing, 7), (_facts, 6), (_fact_questions, 11),
+    (_which_questions, 6), (_rules, 7), (_rule_questions, 6), (_needs, 3), (_because, 16),
+    (_so, 10), (_between_things, 9), (_activity, 4), (_story, 7), (_passage, 20), (_how_to, 4),
 )  # fmt: skip
 """Kinds of documents and how often each is written."""

@@ -1,8 +1,9 @@
 """Questions about the bundled world, nine tasks in the columns of the real data sets.
 
-Every question is about something :func:`~qbench.world.facts.held_out` keeps out of the corpus. A right
-answer cannot be told from a wrong one by itself: Winograd, Winogrande, StoryCloze and BoolQ come in
-twins with opposite answers, and elsewhere every answer is as often wrong as its share of the options.
+Every question is about something :func:`~qbench.world.facts.held_out` keeps out of the corpus. A
+right answer cannot be told from a wrong one by itself: Winograd, Winogrande, StoryCloze and BoolQ
+come in twins with opposite answers, and elsewhere every answer is as often wrong as its share of
+the options.
 """
 
 from __future__ import annotations
@@ -234,7 +235,7 @@ def _boolq(world: World, rng: random.Random) -> Iterator[Row]:
     """A passage about two people, and twins of a question: one to answer yes, one no."""
     number = 0
     while True:
-        text, asked = prose.passage(rng)
+        text, asked, _ = prose.passage(rng)
         if not held_out("passage", text):
             continue
         for answer in (True, False):
