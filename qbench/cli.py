@@ -332,5 +332,14 @@ def demo(
     sys.exit(run_demo(results, full))
 
 
+@app.command()
+def world(folder: Annotated[Path, typer.Argument(help="Where to; a data folder.")]) -> None:
+    """Write the bundled world: the twins' whole training corpus, tokenizer and questions."""
+    from qbench.world.build import write_world
+
+    write_world(folder)
+    print(folder)
+
+
 if __name__ == "__main__":
     main()
