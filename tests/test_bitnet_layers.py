@@ -206,6 +206,13 @@ def test_the_norm_inside_has_no_parameters_and_removes_the_inputs_scale(norm):
     assert shift_matters == (norm == "rms")
 
 
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_the_norms_epsilon_is_added_to_the_variance(norm):
+    x = torch.tensor([[3.0, -3.0]], dtype=torch.float64)  # variance and mean square 9
+    normed = BitLinearOptions(norm=norm, norm_eps=0.75).normalize(x)
+    assert torch.allclose(normed, x / math.sqrt(9.75), rtol=1e-9)
+
+
 # --- gradients -----------------------------------------------------------------------------------
 
 
@@ -332,6 +339,9 @@ def test_bfloat16_layers_quantize_in_float32_and_answer_in_bfloat16(options):
     found = layer(w, options).eval()(x)
     exact = layer(w.float(), options).eval()(x.float())
     assert found.dtype == torch.bfloat16
+    seen = options.quantize_activations(options.normalize(x.float()))
+    weight = options.weight_codes(w.float()).dequantize()
+    assert torch.equal(found, F.linear(seen.bfloat16(), weight.bfloat16()))
     assert (found.float() - exact).norm() < 2e-2 * exact.norm()
 
 
