@@ -1,8 +1,8 @@
 """Making the bundled world's files: corpora, tokenizer and the rows of nine tasks.
 
-What lies in ``qbench/world/data`` is what :func:`write_world` writes, with the start of the training
-corpus only: a test holds the two together. The whole of it (60,000 documents, 12 MB) is written anew
-wherever it is needed. Everything follows from the seed.
+What lies in ``qbench/world/data`` is what :func:`write_world` writes, with the start of the
+training corpus only: a test holds the two together. The whole of it (60,000 documents, 12 MB) is
+written anew wherever it is needed. Everything follows from the seed.
 """
 
 from __future__ import annotations
