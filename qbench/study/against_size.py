@@ -8,6 +8,7 @@ point of each size. Sizes are on a logarithmic axis.
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,7 @@ _TRAINED_LOOKS = ((TRAINED, "*", 10.0), ("#CC79A7", "P", 7.0), ("#882255", "X", 
 _PTQ_COLOURS = tuple(colour for colour in COLOURS if colour not in ("#CC79A7", "#000000"))
 _PTQ_MARKERS = tuple(marker for marker in MARKERS if marker not in ("o", "P", "X"))
 _LABEL_IN = 0.42  # inches that one size on the axis needs
+_LETTERS_PER_IN = 14
 
 
 def draw_against_size(
@@ -104,7 +106,6 @@ def _draw_panel(
         for point in points:
             error = None if point.stderr is None else scale * point.stderr
             mark(axes, point.x, scale * point.y, error, _look(point, looks))
-    axes.set_xlabel(_X_LABEL)
     axes.set_title(panel.title, fontsize=9)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.6, zorder=0)
 
@@ -139,8 +140,9 @@ def _align_x(drawn: Sequence[Axes], panels: Sequence[SizePanel], room_in: float)
             ticks.append(size)
     margin = 2 ** (0.06 * octaves + 0.1)
     for axes in drawn:
-        axes.set_xticks(ticks, [size_text(int(size)) for size in ticks])
+        axes.set_xticks(sorted(ticks), [size_text(int(size)) for size in sorted(ticks)])
         axes.set_xticks([], minor=True)
+        axes.set_xlabel(textwrap.fill(_X_LABEL, max(12, int(room_in * _LETTERS_PER_IN))))
         axes.set_xlim(sizes[0] / margin, sizes[-1] * margin)
 
 
