@@ -135,10 +135,7 @@ class Checkpoint:
     @property
     def load_report(self) -> list[str]:
         """What was decided about a BitNet checkpoint, a line each; empty for any other."""
-        if self.bitnet is None:
-            return []
-        lines = LoadReport.of(self.bitnet).lines()
-        return [*lines, "latent weights, not quantized as in training"] if self.latent else lines
+        return [] if self.bitnet is None else LoadReport.of(self.bitnet, self.latent).lines()
 
     @cached_property
     def row_lengths(self) -> dict[str, int]:
@@ -200,16 +197,27 @@ class Checkpoint:
         Raises:
             QBenchError: if it has none that transformers can read.
         """
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
         try:
             with quiet():
+                if (self.folder / "tokenizer.json").is_file() and self._names_tokenizer_code:
+                    return PreTrainedTokenizerFast.from_pretrained(self.folder)  # no code is run
                 return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
         except Exception as error:  # transformers raises many kinds for a broken tokenizer
+            need = "put tokenizer.json into"
+            if (self.folder / "tokenizer.model").is_file():
+                need = "install sentencepiece for its tokenizer.model, or put tokenizer.json into"
             raise QBenchError(
                 f"{self.name} has no tokenizer that can be read ({first_line(error)}); "
-                f"put tokenizer.json into {self.folder}"
+                f"{need} {self.folder}"
             ) from error
+
+    @property
+    def _names_tokenizer_code(self) -> bool:
+        """Whether the tokenizer is to be read by code that lies beside it."""
+        path = self.folder / "tokenizer_config.json"
+        return path.is_file() and "AutoTokenizer" in (files.read_json(path).get("auto_map") or {})
 
     def load_model(self, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
         """The model in eval mode, every tensor accounted for and finite.

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from qbench.baseline import Baseline, TransformContext, resolve_scheme, why_not
 from qbench.errors import QBenchError, RunFailed
 from qbench.grid import QuantizedWeight, check_group_size, round_to_nearest, stored_bits
+from qbench.models.bitnet.trained import check_not_trained
 from qbench.models.blocks import Block, find_blocks, trace_block
 from qbench.models.linear import Linear, attach
 from qbench.quantization.activations import Range, check_activations, quantize_activations
@@ -117,11 +118,12 @@ def quantized_scheme(model: nn.Module) -> Scheme | None:
 
 
 def check_arguments(model: nn.Module, calibration: Tensor | None) -> None:
-    """Refuse a model in training mode or quantized before, and calibration of another shape.
+    """Refuse a model in training, trained at low width or quantized, and misshapen calibration.
 
     Raises:
         QBenchError: naming what was given.
     """
+    check_not_trained(model)
     if model.training:
         raise QBenchError("the model is in training mode, where dropout is random; call .eval()")
     if hasattr(model, _MARK):

@@ -155,7 +155,8 @@ def _run_plans(plans: Sequence[tuple[Workbench, CellPlan]], reporter: Reporter) 
             if running is not None:
                 running.release()
             running = bench
-            _report_loading(bench.checkpoint, reporter)
+            if any(not other.is_done for owner, other in plans if owner is bench):
+                _report_loading(bench.checkpoint, reporter)
         failures += plan.failed_tasks
         head = f"[{number}/{len(plans)}] {bench.checkpoint.name} · {plan.cell}"
         if plan.is_done and not plan.not_applicable:

@@ -25,16 +25,16 @@ class LoadReport:
     """What its config.json does not say, or says wrong, and what was done."""
 
     @classmethod
-    def of(cls, fmt: BitNetFormat) -> LoadReport:
-        """The report of a format."""
+    def of(cls, fmt: BitNetFormat, latent: bool = False) -> LoadReport:
+        """The report of a format; ``latent`` for its latent weights as an ordinary model's."""
         return cls(
-            weights=_weights_text(fmt),
-            scale=_scale_text(fmt),
-            quantizers=_quantizers_text(fmt),
+            weights="latent, as they are stored" if latent else _weights_text(fmt),
+            scale="none" if latent else _scale_text(fmt),
+            quantizers=f"none; trained at {fmt.scheme}" if latent else _quantizers_text(fmt),
             hidden_act=fmt.hidden_act,
             norms=_norms_text(fmt),
             embeddings=f"{'tied with' if fmt.tied else 'apart from'} the output head",
-            mended=fmt.mended,
+            mended=() if latent else fmt.mended,
         )
 
     def lines(self) -> list[str]:
@@ -86,8 +86,8 @@ def _norms_text(fmt: BitNetFormat) -> str:
     parts = [f"{norm} before {SUB_NORMS[norm]}" for norm in fmt.sub_norms]
     inside = dict(fmt.options).get("norm", "none")
     if inside != "none":
-        parts.append(f"{inside} norm without weights inside every quantized linear")
+        parts.append(f"{inside} norm without weights inside every linear of the blocks")
     if fmt.norm_eps is not None:
         which = "with" if fmt.norm_weights else "without"
-        parts.append(f"RMS norm {which} weights inside every quantized linear")
+        parts.append(f"RMS norm {which} weights inside every linear of the blocks")
     return ", ".join(parts) or "no sub-norms"
