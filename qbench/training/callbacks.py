@@ -50,20 +50,22 @@ class Schedule(TrainerCallback):
 class Recorder(TrainerCallback):
     """Writes the curve. A row waits for the held-out loss where one is measured."""
 
-    def __init__(self, run: TwinRun, writer: CurveWriter) -> None:
+    def __init__(self, run: TwinRun, writer: CurveWriter | None) -> None:
+        """Without a writer, as in every process but the main one, nothing is written."""
         self.run = run
         self.writer = writer
         self.pending: dict[str, float] | None = None
-        self.before = writer.seconds
+        self.before = 0.0
         self.began = time.perf_counter()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        """Start the clock."""
+        """Start the clock where the curve ends."""
+        self.before = self.writer.seconds if self.writer else 0.0
         self.began = time.perf_counter()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
-        """Take what the Trainer measured; only the main process writes."""
-        if not state.is_world_process_zero:
+        """Take what the Trainer measured."""
+        if self.writer is None:
             return
         if "loss" in logs:
             self.pending = dict(logs)
@@ -77,9 +79,14 @@ class Recorder(TrainerCallback):
             Row(
                 step=state.global_step,
                 tokens=state.global_step * self.run.recipe.tokens_per_step,
-                loss=row["loss"],
-                eval_loss=row.get("eval_loss"),
-                learning_rate=row["learning_rate"],
+                loss=_short(row["loss"]),
+                eval_loss=_short(row["eval_loss"]) if "eval_loss" in row else None,
+                learning_rate=_short(row["learning_rate"]),
                 seconds=self.before + time.perf_counter() - self.began,
             )
         )
+
+
+def _short(value: float) -> float:
+    """Six digits, so that a row is the same in memory and read again."""
+    return float(f"{value:.6g}")

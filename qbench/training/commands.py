@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,10 @@ def train(
     from qbench.training.trainer import Session, train_twin
 
     check_device(device)
-    reporter = reporter or Reporter()
+    if ":" in device:
+        raise QBenchError(f"device {device!r}: give cuda, and CUDA_VISIBLE_DEVICES to choose one")
+    is_main = os.environ.get("RANK", "0") == "0"  # torchrun's, with several GPUs
+    reporter = reporter or Reporter(quiet=not is_main)
     output = output or recipe.output
     for kind in twins:
         if kind not in recipe.twins:
@@ -66,16 +70,18 @@ def train(
     material = _material(recipe, _Texts(corpora or {}, data_dir), reporter)
     records = []
     for run in runs:
+        before = " (trained before)" if TwinFolder(output / run.name).final.exists() else ""
         record = train_twin(run, material, output, Session(device, reporter))
         records.append({"name": run.name, **record})
-        reporter.line(summary(records[-1]))
+        reporter.line(summary(records[-1]) + before)
+        if is_main:
+            draw_recipe(recipe, output)
         if record["status"] == "diverged" and recipe.learning_rates is None:
             raise RunFailed(
                 f"{run.name}: the loss became {record['loss']} at step {record['step']}; lower "
                 f"learning_rate ({run.peaks[0]:g}) or set clip, and delete "
                 f"{TwinFolder(output / run.name).work}"
             )
-    draw_recipe(recipe, output)
     return records
 
 

@@ -69,15 +69,9 @@ class Row:
 
     def cells(self) -> list[str]:
         """As text, in the order of ``COLUMNS``."""
-        held_out = "" if self.eval_loss is None else f"{self.eval_loss:.6g}"
-        return [
-            str(self.step),
-            str(self.tokens),
-            f"{self.loss:.6g}",
-            held_out,
-            f"{self.learning_rate:.6g}",
-            f"{self.seconds:.1f}",
-        ]
+        held_out = "" if self.eval_loss is None else f"{self.eval_loss:g}"
+        numbers = (f"{self.loss:g}", held_out, f"{self.learning_rate:g}", f"{self.seconds:.1f}")
+        return [str(self.step), str(self.tokens), *numbers]
 
 
 def read_curve(path: Path) -> list[Row]:
@@ -87,22 +81,22 @@ def read_curve(path: Path) -> list[Row]:
         QBenchError: if the file cannot be read or is no curve.
     """
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            lines = list(csv.reader(file))
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise QBenchError(f"cannot read {path}: {error.strerror}") from error
+    whole = text[: text.rfind("\n") + 1]
+    lines = list(csv.reader(whole.splitlines()))
     if not lines or tuple(lines[0]) != COLUMNS:
         raise QBenchError(f"{path} is no loss curve; its first line is {','.join(COLUMNS)}")
-    rows = []
-    for cells in lines[1:]:
-        try:
-            step, tokens, loss, held_out, rate, seconds = cells
-            measured = float(held_out) if held_out else None
-            row = Row(int(step), int(tokens), float(loss), measured, float(rate), float(seconds))
-        except ValueError:
-            break
-        rows.append(row)
-    return rows
+    try:
+        return [_row(*cells) for cells in lines[1:]]
+    except (TypeError, ValueError) as error:
+        raise QBenchError(f"{path} is damaged: {error}") from error
+
+
+def _row(step: str, tokens: str, loss: str, held_out: str, rate: str, seconds: str) -> Row:
+    measured = float(held_out) if held_out else None
+    return Row(int(step), int(tokens), float(loss), measured, float(rate), float(seconds))
 
 
 class CurveWriter:

@@ -31,7 +31,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -42,11 +42,16 @@ from qbench.training.presets import PRESETS
 Kind: TypeAlias = Literal["fp16", "b1", "b158"]
 Schedule: TypeAlias = Literal["linear", "polynomial", "two-stage"]
 Rate: TypeAlias = float | tuple[float, float]
+Decay: TypeAlias = Annotated[float, Field(ge=0)]
+Beta: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 KINDS: tuple[Kind, ...] = ("fp16", "b1", "b158")
 
 
+_VERSION = 1  # raised when the same recipe gives other weights
+
+
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class Shape(_Strict):
@@ -100,12 +105,14 @@ class Recipe(_Strict):
     """Of the polynomial schedule; 1 is linear."""
     warmup: int = Field(default=0, ge=0)
     """Steps over which the learning rate rises."""
-    weight_decay: float | dict[Kind, float] = 0.0
-    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: Decay | dict[Kind, Decay] = 0.0
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     epsilon: float = Field(default=1e-8, gt=0)
     clip: float | None = Field(default=None, gt=0)
     """Largest norm of the gradient; the papers clip none."""
-    seed: int = 0
+    bitlinear: dict[str, Any] = {}
+    """Options of the b1 twin's layers that differ from the published defaults."""
+    seed: int = Field(default=0, ge=0)
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the forward pass; weights, gradients and optimizer are float32 in both."""
     output: Path = Path("checkpoints")
@@ -268,8 +275,10 @@ class TwinRun:
             "schedule": self.schedule,
             "weight_decay": self.weight_decay,
             **self.recipe.model_dump(mode="json", include=set(shared)),
+            **({"bitlinear": self.recipe.bitlinear} if self.kind == "b1" else {}),
             "corpus": corpus,
             "vocabulary": vocabulary,
+            "version": _VERSION,
         }
 
 

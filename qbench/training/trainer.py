@@ -22,6 +22,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,7 @@ from transformers.utils import logging
 
 from qbench.errors import QBenchError, RunFailed
 from qbench.models.bitnet.architecture import new_model
-from qbench.models.bitnet.layers import bitlinears
+from qbench.models.bitnet.layers import B1, BitLinearOptions, bitlinears
 from qbench.models.bitnet.saving import save_latent
 from qbench.models.checks import quiet
 from qbench.progress import Reporter, Update
@@ -63,9 +64,10 @@ class Material:
     """(number of windows, seqlen), int32."""
     held_out: Tensor | None = None
 
-    def identity(self, run: TwinRun) -> dict[str, Any]:
-        """What decides the weights of a run on this material."""
-        return run.identity(fingerprint(self.windows), len(self.tokenizer))
+    @cached_property
+    def corpus(self) -> str:
+        """Fingerprint of the windows."""
+        return fingerprint(self.windows)
 
 
 class Diverged(Exception):
@@ -141,44 +143,51 @@ def train_twin(
         session: where and how loudly.
 
     Raises:
-        QBenchError: if the folder belongs to another recipe.
+        QBenchError: if the folder belongs to another recipe, or this machine cannot run it.
         RunFailed: if it cannot be written, or memory runs out.
     """
     session = session or Session()
-    identity = material.identity(run)
     folder = TwinFolder(output / run.name)
-    found = folder.claim(run, identity)
-    if found is not None:
-        session.reporter.line(f"{run.name}: {found['status']} before, left alone")
-        return found
+    identity = run.identity(material.corpus, len(material.tokenizer))
     with _random_left_alone(), _silence(), session.reporter.step(run.name) as progress:
-        trainer = _trainer(run, material, folder, session, progress)
-        checkpoint = folder.last_checkpoint()
+        arguments = _arguments(run, folder, session.device)
+        with arguments.main_process_first(local=False):
+            found = folder.claim(run, identity)
+            checkpoint = None if found else folder.last_checkpoint()
+        if found is not None:
+            return found
+        trainer = _trainer(run, material, arguments, session, progress)
         if checkpoint is not None:
             session.reporter.line(f"{run.name}: continues from step {_step(checkpoint)}")
-        writer = CurveWriter(folder.work / CURVE_FILE, _step(checkpoint))
-        trainer.add_callback(Recorder(run, writer))
+        recorder = Recorder(run, None)
+        if trainer.is_world_process_zero():
+            recorder.writer = CurveWriter(folder.work / CURVE_FILE, _step(checkpoint))
+        trainer.add_callback(recorder)
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except Diverged as error:
-            record = _record(folder, run, writer, session) | {
+            record = _record(folder, run, recorder, session) | {
                 "status": "diverged", "step": error.step, "loss": str(error.loss),
             }  # fmt: skip
-            folder.write(record)
+            if trainer.is_world_process_zero():
+                folder.write(record)
             return record
         except torch.OutOfMemoryError as error:
             raise RunFailed(
-                f"{run.name}: out of memory with {trainer.args.per_device_train_batch_size} "
+                f"{run.name}: out of memory with {arguments.per_device_train_batch_size} "
                 "windows per pass; set a smaller batch_size"
             ) from error
-        return _finish(trainer, run, material, folder, writer, session)
+        return _finish(trainer, material, folder, _record(folder, run, recorder, session))
 
 
 def _trainer(
-    run: TwinRun, material: Material, folder: TwinFolder, session: Session, progress: Update
+    run: TwinRun,
+    material: Material,
+    arguments: TrainingArguments,
+    session: Session,
+    progress: Update,
 ) -> TwinTrainer:
     recipe = run.recipe
-    arguments = _arguments(run, folder, session.device)
     held_out = material.held_out
     some = None if held_out is None else held_out[: max(1, recipe.eval_tokens // recipe.seqlen)]
     length = recipe.steps * (recipe.tokens_per_step // recipe.seqlen)
@@ -202,13 +211,43 @@ def _model(run: TwinRun, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         vocab_size=len(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
+        bitlinear=_bitlinear(run),
         **shape,
     )
 
 
+def _bitlinear(run: TwinRun) -> BitLinearOptions | None:
+    """What the recipe says of the b1 twin's layers; None is the published default."""
+    if run.kind != "b1" or not run.recipe.bitlinear:
+        return None
+    return BitLinearOptions.from_dict(B1.to_dict() | run.recipe.bitlinear)
+
+
 def _arguments(run: TwinRun, folder: TwinFolder, device: str) -> TrainingArguments:
+    try:
+        arguments = _trainer_arguments(run, folder, device)
+    except ValueError as error:  # such as bfloat16 on a GPU that has none
+        raise QBenchError(f"precision {run.recipe.precision} on {device}: {error}") from error
+    if arguments.n_gpu > 1:  # one process uses one GPU: torchrun is how to use several
+        arguments._n_gpu = 1
     recipe = run.recipe
-    arguments = TrainingArguments(
+    windows = recipe.tokens_per_step // recipe.seqlen
+    if windows % arguments.world_size:
+        raise QBenchError(
+            f"a step of {windows} windows does not divide among {arguments.world_size} processes"
+        )
+    share = windows // arguments.world_size
+    largest = recipe.batch_size or _PASS_TOKENS.get(device, _GPU_PASS_TOKENS) // recipe.seqlen
+    size = max(n for n in range(1, share + 1) if share % n == 0 and n <= max(1, largest))
+    arguments.per_device_train_batch_size = size
+    arguments.per_device_eval_batch_size = size
+    arguments.gradient_accumulation_steps = share // size
+    return arguments
+
+
+def _trainer_arguments(run: TwinRun, folder: TwinFolder, device: str) -> TrainingArguments:
+    recipe = run.recipe
+    return TrainingArguments(
         output_dir=str(folder.work),
         max_steps=recipe.steps,
         learning_rate=run.peaks[0],
@@ -232,39 +271,22 @@ def _arguments(run: TwinRun, folder: TwinFolder, device: str) -> TrainingArgumen
         disable_tqdm=True,
         report_to="none",
     )
-    if arguments.n_gpu > 1:  # one process uses one GPU: torchrun is how to use several
-        arguments._n_gpu = 1
-    windows = recipe.tokens_per_step // recipe.seqlen
-    if windows % arguments.world_size:
-        raise QBenchError(
-            f"a step of {windows} windows does not divide among {arguments.world_size} processes"
-        )
-    share = windows // arguments.world_size
-    largest = recipe.batch_size or _PASS_TOKENS.get(device, _GPU_PASS_TOKENS) // recipe.seqlen
-    size = max(n for n in range(1, share + 1) if share % n == 0 and n <= max(1, largest))
-    arguments.per_device_train_batch_size = size
-    arguments.per_device_eval_batch_size = size
-    arguments.gradient_accumulation_steps = share // size
-    return arguments
 
 
 def _finish(
-    trainer: TwinTrainer,
-    run: TwinRun,
-    material: Material,
-    folder: TwinFolder,
-    writer: CurveWriter,
-    session: Session,
+    trainer: TwinTrainer, material: Material, folder: TwinFolder, record: dict[str, Any]
 ) -> dict[str, Any]:
     """Save the twin; its last held-out loss is that of the weights as they are stored."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     for parameter in model.parameters():
         parameter.data = parameter.data.half().float()
-    record = _record(folder, run, writer, session) | {"status": "finished"}
+    record |= {
+        "status": "finished",
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
     if material.held_out is not None:
         metrics = trainer.evaluate(Windows(material.held_out))
         record["eval_loss"] = round(metrics["eval_loss"], 6)
-    record["parameters"] = sum(parameter.numel() for parameter in model.parameters())
     if trainer.is_world_process_zero():
         with folder.finishing() as partial:
             _save(model, material.tokenizer, partial)
@@ -285,10 +307,11 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
 
 
 def _record(
-    folder: TwinFolder, run: TwinRun, writer: CurveWriter, session: Session
+    folder: TwinFolder, run: TwinRun, recorder: Recorder, session: Session
 ) -> dict[str, Any]:
     begun = folder.record() or {}
-    last = writer.rows[-1] if writer.rows else None
+    rows = recorder.writer.rows if recorder.writer else []
+    last = rows[-1] if rows else None
     return {
         **begun,
         "steps": run.recipe.steps,
