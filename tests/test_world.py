@@ -177,7 +177,7 @@ def completed(task: str, row: questions.Row) -> str:
     if task in ("arc_easy", "arc_challenge", "piqa"):
         return prose.question(context, options[gold])
     if task == "boolq":
-        return row["passage"]
+        return prose.question(f"{row['question']}?", options[gold])
     if task == "hellaswag":
         return row["ctx"].rpartition(" ")[0]
     return f"{context} {options[gold]}"

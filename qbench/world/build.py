@@ -64,7 +64,8 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # a name is one token wherever it stands, also at the start of a text
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
@@ -77,7 +78,7 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
         single="<s> $A", special_tokens=[("<s>", 0)]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", model_max_length=256
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", model_max_length=128
     )
 
 

@@ -1,12 +1,14 @@
 """What is true in the bundled world: one draw of everybody's and everything's attributes.
 
-The values of every attribute are dealt out evenly, so that no answer is more frequent than another.
+The values of an attribute are dealt out evenly, so that no answer is more frequent than another;
+only what follows from a thing's material is not drawn.
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from qbench.world import lexicon
@@ -28,7 +30,7 @@ THING_ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "owner": lexicon.TRADES,
 }
 
-SHARES = {"fact": 0.3, "which": 0.3, "rule": 0.3}
+SHARES = {"fact": 0.3, "which": 0.3, "rule": 0.3, "so": 0.25, "asked": 0.3}
 """Share of a kind's cases that is kept for the questions, where it is not 0.15."""
 
 
@@ -53,21 +55,19 @@ PEOPLE = tuple(
 
 
 class World:
-    """The facts of one seed."""
+    """The facts of one seed: who and what has which value of every attribute, trait and quality."""
 
     def __init__(self, seed: int = 0) -> None:
         rng = random.Random(f"world {seed}")
-        self.people: dict[str, dict[str, str]] = {p.name: {} for p in PEOPLE}
-        for attribute, values in PERSON_ATTRIBUTES.items():
-            dealt = _deal(values, len(PEOPLE), rng)
-            for person, value in zip(PEOPLE, dealt, strict=True):
-                self.people[person.name][attribute] = value
-        self.things: dict[str, dict[str, str]] = {
-            thing: {"material": material} for thing, material in MATERIAL_OF.items()
-        }
-        for attribute, values in list(THING_ATTRIBUTES.items())[1:]:
-            for thing, value in zip(THINGS, _deal(values, len(THINGS), rng), strict=True):
-                self.things[thing][attribute] = value
+        names = [person.name for person in PEOPLE]
+        self.people = _deal(PERSON_ATTRIBUTES, names, rng)
+        self.things = _deal(THING_ATTRIBUTES, THINGS, rng)
+        self.traits = _deal(lexicon.TRAITS, names, rng)
+        self.qualities = _deal(lexicon.QUALITIES, THINGS, rng)
+        for thing, material in MATERIAL_OF.items():
+            self.things[thing]["material"] = material
+            hard = material in lexicon.HARD
+            self.qualities[thing]["hardness"] = "hard" if hard else "soft"
 
     def outcome(self, thing: str, rule: str) -> str:
         """How a thing ends under a rule, by what it is made of."""
@@ -83,7 +83,14 @@ def held_out(kind: str, *key: object) -> bool:
     return int.from_bytes(digest[:4], "big") < SHARES.get(kind, 0.15) * 2**32
 
 
-def _deal(values: tuple[str, ...], count: int, rng: random.Random) -> list[str]:
-    dealt = [values[i % len(values)] for i in range(count)]
-    rng.shuffle(dealt)
-    return dealt
+def _deal(
+    attributes: Mapping[str, tuple[str, ...]], names: Sequence[str], rng: random.Random
+) -> dict[str, dict[str, str]]:
+    """Every name's value of every attribute, each value as often as the others."""
+    table: dict[str, dict[str, str]] = {name: {} for name in names}
+    for attribute, values in attributes.items():
+        dealt = [values[i % len(values)] for i in range(len(names))]
+        rng.shuffle(dealt)
+        for name, value in zip(names, dealt, strict=True):
+            table[name][attribute] = value
+    return table

@@ -138,51 +138,75 @@ ACTIVITIES = {
 }  # fmt: skip
 """What people do, step by step."""
 
+TRAITS = {
+    "strength": ("strong", "weak"),
+    "speed": ("fast", "slow"),
+    "wealth": ("rich", "poor"),
+    "height": ("tall", "short"),
+    "courage": ("brave", "timid"),
+    "learning": ("clever", "simple"),
+}
+"""What a person is: one or the other."""
+
+QUALITIES = {
+    "size": ("large", "small"),
+    "hardness": ("hard", "soft"),
+    "weight": ("heavy", "light"),
+    "price": ("costly", "cheap"),
+}
+"""What a thing is: one or the other."""
+
 BECAUSE = (
-    ("carried the bag of {b}", "was strong", "was weak"),
-    ("could not catch {b}", "was slow", "was fast"),
-    ("asked {b} for water", "was thirsty", "had a full jug"),
-    ("gave {b} some bread", "was generous", "was hungry"),
-    ("taught {b} to read", "knew the letters", "wanted to learn"),
-    ("paid {b}", "owed some money", "had done the work"),
-    ("thanked {b}", "had received a gift", "had brought a gift"),
-    ("woke {b}", "had heard a noise", "had slept too long"),
-    ("hid from {b}", "was afraid", "was angry"),
-    ("lent {b} a coat", "felt warm", "felt cold"),
-    ("followed {b}", "had lost the way", "knew the way"),
-    ("praised {b}", "was pleased", "had worked well"),
-    ("visited {b}", "felt lonely", "lay ill in bed"),
-    ("looked for {b}", "was worried", "was missing"),
-    ("called {b}", "needed help", "could help"),
-    ("lifted {b}", "was tall", "was short"),
+    ("carried the bag of {b}", "strength", 0),
+    ("lifted {b}", "strength", 0),
+    ("asked {b} to pull", "strength", 1),
+    ("overtook {b}", "speed", 0),
+    ("could not catch {b}", "speed", 1),
+    ("waited for {b}", "speed", 0),
+    ("paid for {b}", "wealth", 0),
+    ("borrowed money from {b}", "wealth", 1),
+    ("gave a coat to {b}", "wealth", 0),
+    ("picked the apples for {b}", "height", 0),
+    ("looked up to {b}", "height", 1),
+    ("hid behind {b}", "courage", 1),
+    ("walked in front of {b}", "courage", 0),
+    ("read the letter to {b}", "learning", 0),
+    ("asked {b} for advice", "learning", 1),
+    ("explained the map to {b}", "learning", 0),
 )
-"""What {a} did to {b}, why if the reason is {a}'s, why if it is {b}'s."""
+"""What {a} did to {b}, which trait explains it, and which side of it {a} is on."""
 
 SO = (
-    ("{a} had a map but {b} had none", "found the way", "got lost"),
-    ("{a} worked all day while {b} rested", "was tired", "was fresh"),
-    ("{a} won the race against {b}", "was proud", "was sad"),
-    ("{a} ran while {b} walked", "came first", "came last"),
-    ("{a} broke the cup of {b}", "was sorry", "was angry"),
-    ("{a} ate while {b} waited", "was full", "was hungry"),
-    ("{a} shouted at {b}", "was rude", "was hurt"),
-    ("{a} sold the horse to {b}", "had more money", "had less money"),
-    ("{a} stayed inside while {b} went into the rain", "was dry", "was wet"),
-    ("{a} learned the song that {b} sang", "was the pupil", "was the master"),
+    ("{a} and {b} ran a race", "speed", ("came first", "came last")),
+    ("{a} and {b} hurried to the boat", "speed", ("caught it", "missed it")),
+    ("{a} and {b} pushed the cart", "strength", ("moved it", "gave up")),
+    ("{a} and {b} carried stones all day", "strength", ("was fresh", "was tired")),
+    ("{a} and {b} went to the market", "wealth", ("bought a lot", "bought nothing")),
+    ("{a} and {b} chose a house", "wealth", ("took the castle", "took the hut")),
+    ("{a} and {b} reached for the shelf", "height", ("touched it", "needed a chair")),
+    ("{a} and {b} came to the low door", "height", ("bent down", "walked through")),
+    ("{a} and {b} met a wolf", "courage", ("stood still", "ran away")),
+    ("{a} and {b} heard a noise at night", "courage", ("went to look", "stayed in bed")),
+    ("{a} and {b} sat an exam", "learning", ("passed", "failed")),
+    ("{a} and {b} saw a riddle", "learning", ("solved it", "gave no answer")),
 )
-"""What happened between {a} and {b}, what it makes of {a}, what of {b}."""
+"""What happened to two people, which trait decides it, and what it makes of either side."""
 
 BETWEEN_THINGS = (
-    ("The {a} did not fit into the {b}", "was too large", "was too small"),
-    ("The {a} cracked the {b}", "was hard", "was thin"),
-    ("The {a} slid off the {b}", "was round", "was tilted"),
-    ("The {a} was sold before the {b}", "was cheap", "was costly"),
-    ("The {a} could be seen before the {b}", "was near", "was far"),
-    ("The {a} hid the {b}", "was wide", "was narrow"),
-    ("The {a} was picked instead of the {b}", "was new", "was old"),
-    ("The {a} bent the {b}", "was heavy", "was light"),
+    ("The {a} did not fit into the {b}", "size", 0),
+    ("The {a} hid the {b}", "size", 0),
+    ("The {a} got lost under the {b}", "size", 1),
+    ("The {a} dented the {b}", "hardness", 0),
+    ("The {a} was scratched by the {b}", "hardness", 1),
+    ("The {a} sank below the {b}", "weight", 0),
+    ("The {a} was blown over the {b}", "weight", 1),
+    ("The {a} was sold before the {b}", "price", 1),
+    ("The {a} was locked away before the {b}", "price", 0),
 )
-"""What the {a} did to the {b}, why if the reason lies in {a}, why if it lies in {b}."""
+"""What the {a} did to the {b}, which quality explains it, and which side of it {a} is on."""
+
+HARD = ("wood", "iron", "glass", "stone", "tin")
+"""Materials of hard things; the others are soft."""
 
 STORIES = (
     (("{n} felt thirsty.", "{s} walked to the well in the {p}.",

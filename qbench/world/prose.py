@@ -9,7 +9,7 @@ sentence itself.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from qbench.world import lexicon
@@ -91,11 +91,26 @@ GOALS = ("How does {n} {g}?", "What does {n} need to {g}?", "{n} wants to {g}. H
 SOLUTION = "{n} takes the {tool} to {g}."
 
 
-def pair(rng: random.Random) -> tuple[Person, Person]:
-    """Two people whom one pronoun fits."""
-    first = rng.choice(PEOPLE)
-    second = rng.choice([p for p in PEOPLE if p.she == first.she and p != first])
-    return first, second
+def pairs(world: World, trait: str, side: int) -> list[tuple[Person, Person]]:
+    """Every two people whom one pronoun fits, the first on this side of the trait."""
+    first, second = lexicon.TRAITS[trait][side], lexicon.TRAITS[trait][1 - side]
+    return [
+        (a, b)
+        for a in PEOPLE
+        for b in PEOPLE
+        if a.she == b.she
+        and world.traits[a.name][trait] == first
+        and world.traits[b.name][trait] == second
+    ]
+
+
+def thing_pairs(world: World, quality: str, side: int) -> list[tuple[str, str]]:
+    """Every two things, the first on this side of the quality and the second on the other."""
+    first, second = lexicon.QUALITIES[quality][side], lexicon.QUALITIES[quality][1 - side]
+    by_value: dict[str, list[str]] = {}
+    for thing, facts in world.qualities.items():
+        by_value.setdefault(facts[quality], []).append(thing)
+    return [(a, b) for a in by_value[first] for b in by_value[second]]
 
 
 def question(text: str, answer: str) -> str:
@@ -125,29 +140,29 @@ def story(number: int, twin: int, person: Person, place: str) -> tuple[list[str]
     return told, [ending.format(**words) for ending in ordered]
 
 
-def passage(rng: random.Random) -> tuple[str, list[tuple[str, bool]], list[tuple[str, str]]]:
-    """Two people, two things: a titled passage, its yes-or-no and its open questions."""
-    people, things = rng.sample(PEOPLE, 2), rng.sample(THINGS, 2)
-    colours, places = rng.sample(lexicon.COLOURS, 2), rng.sample(lexicon.PLACES, 2)
-    facts, closed, opened = [], [], []
-    for i in (0, 1):
-        name = people[i].name
-        facts += [f"{name} has a {colours[i]} {things[i]}.", f"{name} goes to the {places[i]}."]
-        opened += [
-            (f"who has the {things[i]}", name),
-            (f"who goes to the {places[i]}", name),
-            (f"what does {name} have", f"the {things[i]}"),
-            (f"where does {name} go", f"to the {places[i]}"),
-            (f"which colour is the {things[i]}", colours[i]),
-        ]
-        for j in (0, 1):
-            closed += [
-                (f"does {name} have the {things[j]}", i == j),
-                (f"does {name} go to the {places[j]}", i == j),
-                (f"is the {things[i]} {colours[j]}", i == j),
+def passage(
+    world: World, a: Person, b: Person, traits: Sequence[str], rng: random.Random
+) -> tuple[str, list[tuple[str, str, str, str]]]:
+    """A titled passage about two people, and (name, trait, value, answer) of what can be asked."""
+    facts, asked = [], []
+    for person in (a, b):
+        for trait in traits:
+            true = world.traits[person.name][trait]
+            facts.append(f"{person.name} is {true}.")
+            asked += [
+                (person.name, trait, value, "yes" if value == true else "no")
+                for value in lexicon.TRAITS[trait]
             ]
+        facts.append(
+            rng.choice(FACTS["home"]).format(n=person.name, v=world.people[person.name]["home"])
+        )
     rng.shuffle(facts)
-    return f"{people[0].name} and {people[1].name} -- {' '.join(facts)}", closed, opened
+    return f"{a.name} and {b.name} -- {' '.join(facts)}", asked
+
+
+def unlike(world: World, a: Person, b: Person) -> list[str]:
+    """The traits in which two people differ."""
+    return [t for t in lexicon.TRAITS if world.traits[a.name][t] != world.traits[b.name][t]]
 
 
 def document(world: World, rng: random.Random) -> str:
@@ -172,18 +187,27 @@ def _until_open(draw: Callable[[], tuple[tuple[Any, ...], str]]) -> str:
 
 
 def _about_person(world: World, rng: random.Random) -> str:
-    return _portrait(rng.choice(PEOPLE).name, world.people, rng)
+    name = rng.choice(PEOPLE).name
+    traits = [f"{name} is {value}." for value in world.traits[name].values()]
+    return _portrait(name, world.people, rng.sample(traits, 2), rng)
 
 
 def _about_thing(world: World, rng: random.Random) -> str:
-    return _portrait(rng.choice(THINGS), world.things, rng)
+    thing = rng.choice(THINGS)
+    qualities = [f"The {thing} is {value}." for value in world.qualities[thing].values()]
+    return _portrait(thing, world.things, rng.sample(qualities, 2), rng)
 
 
-def _portrait(name: str, table: dict[str, dict[str, str]], rng: random.Random) -> str:
-    """Every fact about one person or thing, in random order and words."""
-    facts = list(table[name].items())
-    rng.shuffle(facts)
-    return " ".join(rng.choice(FACTS[attribute]).format(n=name, v=v) for attribute, v in facts)
+def _portrait(
+    name: str, table: dict[str, dict[str, str]], more: list[str], rng: random.Random
+) -> str:
+    """Every fact about one person or thing and some more, in random order and words."""
+    told = [
+        rng.choice(FACTS[attribute]).format(n=name, v=v) for attribute, v in table[name].items()
+    ]
+    told += more
+    rng.shuffle(told)
+    return " ".join(told)
 
 
 def _facts(world: World, rng: random.Random) -> str:
@@ -269,23 +293,28 @@ def _because(world: World, rng: random.Random) -> str:
     """Who did what to whom and why, by name and by pronoun."""
 
     def draw() -> tuple[tuple[Any, ...], str]:
-        (a, b), number = pair(rng), rng.randrange(len(lexicon.BECAUSE))
-        deed, *reasons = lexicon.BECAUSE[number]
+        number = rng.randrange(len(lexicon.BECAUSE))
+        deed, trait, side = lexicon.BECAUSE[number]
+        a, b = rng.choice(pairs(world, trait, side))
         twin = rng.randrange(2)
         who = (a, b)[twin].name if rng.random() < 0.85 else a.she
-        start = f"{rng.choice(TIMES)} {a.name}" if rng.random() < 0.3 else a.name
-        text = f"{start} {deed.format(b=b.name)} because {who} {reasons[twin]}."
+        reason = lexicon.TRAITS[trait][side if twin == 0 else 1 - side]
+        text = f"{a.name} {deed.format(b=b.name)} because {who} was {reason}."
         return ("because", number, a.name, b.name), text
 
     return " ".join(_until_open(draw) for _ in range(3))
 
 
 def _so(world: World, rng: random.Random) -> str:
+    """What came of it for the one and for the other."""
+
     def draw() -> tuple[tuple[Any, ...], str]:
-        (a, b), number = pair(rng), rng.randrange(len(lexicon.SO))
-        deed, *results = lexicon.SO[number]
+        number, side = rng.randrange(len(lexicon.SO)), rng.randrange(2)
+        deed, trait, results = lexicon.SO[number]
+        a, b = rng.choice(pairs(world, trait, side))
         twin = rng.randrange(2)
-        text = f"{deed.format(a=a.name, b=b.name)}, so {(a, b)[twin].name} {results[twin]}."
+        result = results[side if twin == 0 else 1 - side]
+        text = f"{deed.format(a=a.name, b=b.name)}, so {(a, b)[twin].name} {result}."
         return ("so", number, a.name, b.name), text
 
     return " ".join(_until_open(draw) for _ in range(3))
@@ -293,11 +322,13 @@ def _so(world: World, rng: random.Random) -> str:
 
 def _between_things(world: World, rng: random.Random) -> str:
     def draw() -> tuple[tuple[Any, ...], str]:
-        things, number = rng.sample(THINGS, 2), rng.randrange(len(lexicon.BETWEEN_THINGS))
-        deed, *reasons = lexicon.BETWEEN_THINGS[number]
+        number = rng.randrange(len(lexicon.BETWEEN_THINGS))
+        deed, quality, side = lexicon.BETWEEN_THINGS[number]
+        a, b = rng.choice(thing_pairs(world, quality, side))
         twin = rng.randrange(2)
-        told = deed.format(a=things[0], b=things[1])
-        return ("between", number, *things), f"{told} because the {things[twin]} {reasons[twin]}."
+        reason = lexicon.QUALITIES[quality][side if twin == 0 else 1 - side]
+        text = f"{deed.format(a=a, b=b)} because the {(a, b)[twin]} was {reason}."
+        return ("between", number, a, b), text
 
     return " ".join(_until_open(draw) for _ in range(3))
 
@@ -323,15 +354,17 @@ def _story(world: World, rng: random.Random) -> str:
 
 
 def _passage(world: World, rng: random.Random) -> str:
-    def draw() -> tuple[tuple[Any, ...], str]:
-        text, closed, opened = passage(rng)
-        asked = [(q, "yes" if answer else "no") for q, answer in rng.sample(closed, 3)]
-        asked += rng.sample(opened, 3)
-        rng.shuffle(asked)
-        lines = [question(f"{q}?", answer) for q, answer in asked]
-        return ("passage", text), "\n".join([text, *lines])
-
-    return _until_open(draw)
+    """Two people, and yes-or-no questions that are not held out."""
+    while True:
+        a, b = rng.sample(PEOPLE, 2)
+        traits = unlike(world, a, b)
+        if traits:
+            break
+    text, asked = passage(world, a, b, rng.sample(traits, min(2, len(traits))), rng)
+    open_ones = [case for case in asked if not held_out("asked", *case[:2])]
+    chosen = rng.sample(open_ones, min(3, len(open_ones)))
+    lines = [question(f"is {name} {value}?", answer) for name, _, value, answer in chosen]
+    return "\n".join([text, *lines])
 
 
 def _how_to(world: World, rng: random.Random) -> str:
@@ -348,7 +381,7 @@ def _how_to(world: World, rng: random.Random) -> str:
 
 KINDS: tuple[tuple[Callable[[World, random.Random], str], float], ...] = (
     (_about_person, 6), (_about_thing, 7), (_facts, 6), (_fact_questions, 11),
-    (_which_questions, 6), (_rules, 7), (_rule_questions, 6), (_needs, 3), (_because, 16),
-    (_so, 10), (_between_things, 9), (_activity, 4), (_story, 7), (_passage, 20), (_how_to, 4),
+    (_which_questions, 6), (_rules, 9), (_rule_questions, 7), (_needs, 4), (_because, 14),
+    (_so, 8), (_between_things, 8), (_activity, 4), (_story, 8), (_passage, 14), (_how_to, 6),
 )  # fmt: skip
 """Kinds of documents and how often each is written."""

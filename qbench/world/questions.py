@@ -38,16 +38,15 @@ def _winograd(world: World, rng: random.Random) -> Iterator[Row]:
     """Twins of one sentence whose pronoun means the one or the other."""
     keys = [
         (number, a, b)
-        for number in range(len(lexicon.BECAUSE))
-        for a in PEOPLE
-        for b in PEOPLE
-        if a.she == b.she and a != b and held_out("because", number, a.name, b.name)
+        for number, (_, trait, side) in enumerate(lexicon.BECAUSE)
+        for a, b in prose.pairs(world, trait, side)
+        if held_out("because", number, a.name, b.name)
     ]
     for number, a, b in _shuffled(keys, rng):
-        deed, *reasons = lexicon.BECAUSE[number]
+        deed, trait, side = lexicon.BECAUSE[number]
         for twin in (0, 1):
             start = f"{a.name} {deed.format(b=b.name)} because "
-            text = f"{start}{a.she} {reasons[twin]}."
+            text = f"{start}{a.she} was {lexicon.TRAITS[trait][side if twin == 0 else 1 - side]}."
             yield {
                 "text": text,
                 "pronoun": a.she,
@@ -63,29 +62,34 @@ def _winograd(world: World, rng: random.Random) -> Iterator[Row]:
 def _winogrande(world: World, rng: random.Random) -> Iterator[Row]:
     """Sentences with a gap for one of two people or two things, in twins."""
     people = [
-        (number, a.name, b.name)
-        for number in range(len(lexicon.SO))
-        for a in PEOPLE
-        for b in PEOPLE
-        if a.she == b.she and a != b and held_out("so", number, a.name, b.name)
+        (f"{deed.format(a=a.name, b=b.name)}, so _ {{}}.", a.name, b.name, results[::step])
+        for number, (deed, trait, results) in enumerate(lexicon.SO)
+        for side, step in ((0, 1), (1, -1))
+        for a, b in prose.pairs(world, trait, side)
+        if held_out("so", number, a.name, b.name)
     ]
     things = [
-        (number, a, b)
-        for number in range(len(lexicon.BETWEEN_THINGS))
-        for a in THINGS
-        for b in THINGS
-        if a != b and held_out("between", number, a, b)
+        (
+            f"{deed.format(a=a, b=b)} because the _ was {{}}.",
+            a,
+            b,
+            lexicon.QUALITIES[quality][::step],
+        )
+        for number, (deed, quality, side) in enumerate(lexicon.BETWEEN_THINGS)
+        for step in ((1, -1)[side],)
+        for a, b in prose.thing_pairs(world, quality, side)
+        if held_out("between", number, a, b)
     ]
     half = min(len(people), len(things))
-    drawn = [(lexicon.SO, ", so _", *key) for key in _shuffled(people, rng)[:half]]
-    drawn += [
-        (lexicon.BETWEEN_THINGS, " because the _", *key) for key in _shuffled(things, rng)[:half]
-    ]
-    for table, gap, number, a, b in _shuffled(drawn, rng):
-        deed, *clauses = table[number]
+    drawn = _shuffled(people, rng)[:half] + _shuffled(things, rng)[:half]
+    for sentence, a, b, clauses in _shuffled(drawn, rng):
         for twin in (0, 1):
-            sentence = f"{deed.format(a=a, b=b)}{gap} {clauses[twin]}."
-            yield {"sentence": sentence, "option1": a, "option2": b, "answer": str(twin + 1)}
+            yield {
+                "sentence": sentence.format(clauses[twin]),
+                "option1": a,
+                "option2": b,
+                "answer": str(twin + 1),
+            }
 
 
 def _hellaswag(world: World, rng: random.Random) -> Iterator[Row]:
@@ -232,18 +236,24 @@ def _openbookqa(world: World, rng: random.Random) -> Iterator[Row]:
 
 
 def _boolq(world: World, rng: random.Random) -> Iterator[Row]:
-    """A passage about two people, and twins of a question: one to answer yes, one no."""
-    number = 0
-    while True:
-        text, asked, _ = prose.passage(rng)
-        if not held_out("passage", text):
-            continue
-        for answer in (True, False):
-            question, _ = rng.choice([pair for pair in asked if pair[1] == answer])
-            yield {"question": question, "passage": text, "idx": number, "label": int(answer)}
-            number += 1
-        if number >= 1000:
-            return
+    """A passage about two people, and a question about one of them, in twins: yes and no."""
+    keys = [
+        (a, b, trait)
+        for a in PEOPLE
+        for b in PEOPLE
+        if a != b
+        for trait in prose.unlike(world, a, b)
+        if held_out("asked", a.name, trait)
+    ]
+    for number, (a, b, trait) in enumerate(_shuffled(keys, rng)):
+        others = [other for other in prose.unlike(world, a, b) if other != trait]
+        shown = [trait, *rng.sample(others, min(1, len(others)))]
+        text, asked = prose.passage(world, a, b, shown, rng)
+        for name, about, value, answer in asked:
+            if (name, about) == (a.name, trait):
+                question, label = f"is {name} {value}", int(answer == "yes")
+                row = {"question": question, "passage": text, "idx": 2 * number + label}
+                yield row | {"label": label}
 
 
 def _piqa(world: World, rng: random.Random) -> Iterator[Row]:
