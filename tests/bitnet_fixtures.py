@@ -86,14 +86,21 @@ def state_of(model: PreTrainedModel) -> dict[str, Tensor]:
     return state
 
 
-def packed_state(state: dict[str, Tensor], divides: bool = False) -> dict[str, Tensor]:
-    """Projections as packed codes with the scale of the named convention."""
+def packed_state(
+    state: dict[str, Tensor], divides: bool = False, exact: bool = True
+) -> dict[str, Tensor]:
+    """Projections as packed codes with the scale of the named convention.
+
+    ``exact`` rounds scales to powers of two. It is then the same to the last bit whether weights or
+    their products are scaled, and no 8-bit activation downstream falls to the other side of a tie.
+    """
     packed = {}
     for name, tensor in state.items():
         if not is_projection(name):
             packed[name] = tensor
             continue
         codes, scale = ternary(tensor)
+        scale = 2 ** scale.log2().round() if exact else scale
         packed[name] = pack_rows(codes)
         packed[f"{name}_scale"] = (1 / scale if divides else scale).to(tensor.dtype)
     return packed
@@ -205,10 +212,16 @@ def no_compiler() -> Iterator[None]:
         torch._dynamo.config.disable = before
 
 
+def transformers_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """What transformers' own loader makes of a checkpoint."""
+    with no_compiler():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+
+
 def transformers_logits(folder: Path, dtype: torch.dtype = torch.float32) -> Tensor:
     """What transformers' own loader and forward make of a checkpoint, float32."""
+    model = transformers_model(folder, dtype)
     with no_compiler(), torch.no_grad():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
         return model(IDS).logits.float()
 
 

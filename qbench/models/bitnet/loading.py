@@ -9,9 +9,8 @@ was trained to compute is computed; remote code is never run.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -143,16 +142,13 @@ def _replace_linears_(name: str, model: PreTrainedModel, fmt: BitNetFormat) -> N
                     "qbench runs BitNet models whose blocks consist of linears"
                 )
     head = model.get_output_embeddings()
-    options = B158
-    if fmt.norm_eps is not None and not fmt.norm_weights:
-        options = replace(B158, norm="rms", norm_eps=fmt.norm_eps)
     for linear_name, linear in linears.items():
         if (linear is head) if fmt.keep is None else is_kept(linear_name, fmt.keep):
             continue
-        kind = NormedBitLinear if fmt.norm_weights else BitLinear
-        layer = kind.from_linear(linear, options)
+        kind = BitLinear if fmt.norm_eps is None else NormedBitLinear
+        layer = kind.from_linear(linear, B158)
         if isinstance(layer, NormedBitLinear):
-            layer.rms_norm = LlamaRMSNorm(linear.in_features, eps=fmt.norm_eps or 1e-6)
+            layer.rms_norm = LlamaRMSNorm(linear.in_features, eps=fmt.norm_eps)
         model.set_submodule(linear_name, layer)
 
 
@@ -173,6 +169,12 @@ class _Files:
                 self.readers[name] = partial(file.get_tensor, key)
                 self.shapes[name] = tuple(file.get_slice(key).get_shape())
         return self
+
+    def add_ones(self, names: Iterable[str], sizes: Mapping[str, tuple[int, ...]]) -> None:
+        """Stand in for weights that are not stored because they are ones."""
+        for name in names:
+            self.readers[name] = partial(torch.ones, sizes[name])
+            self.shapes[name] = sizes[name]
 
     def __exit__(self, *error: Any) -> None:
         self.readers.clear()
@@ -227,6 +229,8 @@ def _fill_(
     """Put the stored tensors into the model; raises for those that do not fit."""
     layers = {f"{name}.weight": (name, layer) for name, layer in bitlinears(model)}
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    if not files.fmt.norm_weights:
+        files.add_ones((n for n in expected if n.endswith(".rms_norm.weight")), expected)
     stored = dict(files.shapes)
     tied = _tied_head(model, files)
     if not files.fmt.is_latent:
