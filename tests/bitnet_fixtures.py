@@ -233,4 +233,4 @@ def logits(model: PreTrainedModel) -> Tensor:
 
 def relative(found: Tensor, expected: Tensor) -> float:
     """Largest difference in units of the largest logit."""
-    return float((found - expected).abs().max() / expected.abs().max())
+    return float(((found - expected).abs().max() / expected.abs().max()).detach())
