@@ -44,6 +44,8 @@ TORCH_FREE = """
     qbench.study.store qbench.study.frame qbench.study.entries qbench.study.tables
     qbench.study.layouts qbench.study.columns qbench.study.sheet qbench.study.render
     qbench.study.headings qbench.study.panels qbench.study.plots qbench.study.reference
+    qbench.study.scaling qbench.study.sizes qbench.study.size_table qbench.study.figures
+    qbench.study.against_bits qbench.study.against_size
     qbench.study.listing qbench.study.environment qbench.study.doctor
 """.split()
 

@@ -115,7 +115,7 @@ def test_the_published_points_are_hollow_on_their_curves_and_predicted_beyond_th
     ]
     told = about(figure)
     assert "full precision, published: L(N) = 0.429·N^−0.400 + 3.733, within 0.028 of 6" in told
-    assert "N in 10⁹ parameters" in told and "Figs. 3 and 4" in told
+    assert "N in billions" in told and "Figs. 3 and 4" in told
 
 
 def test_two_sizes_are_joined_and_the_note_says_why_no_law_is_fitted(store: Store) -> None:
@@ -279,6 +279,9 @@ def test_each_text_has_its_panel_and_one_of_a_single_size_is_named(store: Store)
     figure = draw(stored_entries(store), "loss-vs-size")
     assert [axes.get_title() for axes in figure.axes] == ["c4, gptq-2048", "world, documents-512"]
     assert "not drawn, as it has fewer than two sizes: ptb documents-512" in about(figure)
+    # a published law is the same in every panel, and told once
+    told = about(draw(stored_entries(store), "loss-vs-size", against="bitnet-scaling"))
+    assert told.count("full precision, published: L(N)") == 1
 
 
 def test_what_has_no_place_in_the_figure_is_told(store: Store) -> None:

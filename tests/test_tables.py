@@ -54,6 +54,12 @@ def test_accuracies_are_percent_and_differences_signed() -> None:
     assert [size_text(n) for n in (125_000_000, 6_700_000_000, 2100, 12, None)] == [
         *("125M", "6.7B", "2.1K", "12", "–"),
     ]
+    # as the names of models have it
+    assert [
+        size_text(n) for n in (500_000, 512_384, 1_996_800, 99_000, 999_999, 30_000_000_000)
+    ] == [
+        *("0.5M", "0.51M", "2M", "99K", "1M", "30B"),
+    ]
 
 
 def test_an_empty_store_says_what_to_run(store: Store) -> None:

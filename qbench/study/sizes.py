@@ -210,13 +210,14 @@ def law_lines(panels: Sequence[SizePanel]) -> list[str]:
     """The fitted laws in words, each with its distance from its points, and why others are not."""
     found = []
     for panel in panels:
-        where = f"{panel.title}: " if len(panels) > 1 else ""
         for (family, published), law in panel.laws.items():
+            where = f"{panel.title}: " if len(panels) > 1 and not published else ""
             name = f"{family}, published" if published else family
             near = math.ceil(1000 * law.worst) / 1000
-            found.append(f"{where}{name}: L(N) = {law}, within {near:.3f} of {law.n_sizes} sizes")
+            line = f"{where}{name}: L(N) = {law}, within {near:.3f} of {law.n_sizes} sizes"
+            found += [line] if line not in found else []  # published ones stand in every panel
     if found:
-        found.append("N in 10⁹ parameters. Compare curves: the coefficients are ill-conditioned.")
+        found.append("N in billions. Compare curves: their coefficients are ill-conditioned.")
     reasons: dict[str, list[str]] = {}
     for panel in panels:
         for text, names in panel.lawless.items():
