@@ -266,6 +266,11 @@ def test_a_config_that_converts_nothing_is_refused():
     assert "correct modules_to_not_convert" in refused(config, stored(True))
 
 
+def test_a_pattern_that_is_no_regular_expression_is_refused():
+    config = LLAMA | bitnet(modules_to_not_convert=["lm_head", "*.down"])
+    assert "'*.down' in modules_to_not_convert" in refused(config, stored(True))
+
+
 # transformers decides what is kept by should_convert_module; the two must agree
 @pytest.mark.parametrize("name", ["lm_head", Q, DOWN, "model.layers.11.mlp.gate_proj"])
 @pytest.mark.parametrize(

@@ -203,6 +203,14 @@ class _Reader:
         common = self.common(self.default_act)
         kept = quantized.get("modules_to_not_convert")
         keep = None if kept is None else tuple(map(str, kept))
+        for pattern in keep or ():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise QBenchError(
+                    f"{pattern!r} in modules_to_not_convert {where} is no name and no regular "
+                    f"expression ({error})"
+                ) from None
         linears = self.linears(keep)
         if not linears:
             raise QBenchError(
