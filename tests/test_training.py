@@ -4,47 +4,32 @@ import gc
 import json
 import math
 import random
-import shutil
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
+from training_fixtures import (
+    KINDS,
+    KillAfter,
+    Killed,
+    lose_at_step_five,
+    recipe,
+    record_of,
+    same,
+    train,
+    weights,
+)
+from transformers import AutoModelForCausalLM, TrainerCallback
 
-from qbench.errors import QBenchError, RunFailed
+from qbench.errors import QBenchError
 from qbench.models.checkpoints import load_checkpoint
-from qbench.progress import Reporter
 from qbench.testing.models import _SENTENCES, tiny_tokenizer
-from qbench.training import commands, trainer
+from qbench.training import trainer
 from qbench.training.curves import read_curve
 from qbench.training.data import pack
 from qbench.training.folders import TwinFolder
 from qbench.training.recipe import Recipe
-from qbench.training.trainer import Material, Session, TwinTrainer, train_twin
-
-FIELDS = {
-    "name": "t",
-    "twins": ["fp16"],
-    "shape": {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    },
-    "corpus": "corpus.txt",
-    "tokenizer": "tokenizer",
-    "seqlen": 16,
-    "tokens_per_step": 64,
-    "steps": 8,
-    "learning_rate": 1e-2,
-    "warmup": 2,
-    "weight_decay": 0.1,
-    "save_every": 3,
-    "log_every": 2,
-    "eval_every": 4,
-}
-KINDS = ("fp16", "b1", "b158")
+from qbench.training.trainer import Material, TwinTrainer
 
 
 @pytest.fixture(scope="module")
@@ -75,43 +60,7 @@ def twins(material, tmp_path_factory):
     return folder
 
 
-def record_of(folder):
-    return json.loads((folder / "training.json").read_text())
-
-
-def recipe(**changes):
-    fields = {**FIELDS, **changes}
-    return Recipe.of({name: value for name, value in fields.items() if value is not None})
-
-
-def train(material, output, *callbacks, **changes):
-    run = recipe(**changes).runs()[0]
-    session = Session(reporter=Reporter(quiet=True), callbacks=callbacks)
-    return train_twin(run, material, output, session)
-
-
-def weights(folder):
-    return load_file(folder / "model.safetensors")
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-class Killed(Exception):
-    pass
-
-
-class KillAfter(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_begin(self, args, state, control, **more):
-        if state.global_step == self.step:
-            raise Killed
-
-
-class Batches(TrainerCallback):
+class Batches:
     """What a training sees at every step, in order."""
 
     def __init__(self, monkeypatch):
@@ -435,22 +384,8 @@ def test_options_of_the_b1_layers_reach_the_b1_twin_alone(material, tmp_path):
 # --- divergence ----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def lost_at_step_five(monkeypatch):
-    """The loss of the fifth step is no number, where the learning rate is not 0.01."""
-    inside = Trainer.training_step
-
-    def lose(self, *given, **more):
-        loss = inside(self, *given, **more)
-        lost = self.state.global_step == 4 and self.run.peaks != (0.01,)
-        return loss * torch.nan if lost else loss
-
-    monkeypatch.setattr(Trainer, "training_step", lose)
-
-
-def test_a_loss_that_is_not_finite_ends_the_training_at_its_step(
-    material, tmp_path, lost_at_step_five
-):
+def test_a_loss_that_is_not_finite_ends_the_training_at_its_step(material, tmp_path, monkeypatch):
+    lose_at_step_five(monkeypatch)
     record = train(material, tmp_path, learning_rate=0.02)
     assert (record["status"], record["step"], record["loss"]) == ("diverged", 5, "nan")
     folder = TwinFolder(tmp_path / "fp16-t")
@@ -461,106 +396,3 @@ def test_a_loss_that_is_not_finite_ends_the_training_at_its_step(
 
 def test_a_learning_rate_beyond_reason_diverges_by_itself(material, tmp_path):
     assert train(material, tmp_path, learning_rate=1e30, warmup=0)["status"] == "diverged"
-
-
-@pytest.fixture
-def files(tmp_path):
-    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    (tmp_path / "corpus.txt").write_text("\n".join(_SENTENCES[:60]))
-    (tmp_path / "held_out.txt").write_text("\n".join(_SENTENCES[60:80]))
-    return {
-        "corpus": str(tmp_path / "corpus.txt"),
-        "held_out": str(tmp_path / "held_out.txt"),
-        "tokenizer": str(tmp_path / "tokenizer"),
-        "output": str(tmp_path / "out"),
-    }
-
-
-def run_recipe(fields, **options):
-    return commands.train(Recipe.of({**FIELDS, **fields}), reporter=Reporter(quiet=True), **options)
-
-
-def test_a_diverged_twin_is_a_failed_run_that_names_the_step(files, lost_at_step_five):
-    said = (
-        r"fp16-t: the loss became nan at step 5; lower learning_rate \(0.02\) .* delete .*training"
-    )
-    with pytest.raises(RunFailed, match=said):
-        run_recipe({**files, "learning_rate": 0.02})
-
-
-def test_among_several_learning_rates_divergence_is_a_finding(files, tmp_path, lost_at_step_five):
-    fields = {name: value for name, value in FIELDS.items() if name != "learning_rate"}
-    fields |= {**files, "learning_rates": [0.01, 0.02]}
-    records = commands.train(Recipe.of(fields), reporter=Reporter(quiet=True))
-    assert [(record["name"], record["status"]) for record in records] == [
-        ("fp16-t-lr0.01", "finished"),
-        ("fp16-t-lr0.02", "diverged"),
-    ]
-    assert (tmp_path / "out" / "loss-t.png").stat().st_size > 10_000
-
-
-# --- command -------------------------------------------------------------------------------------
-
-
-def test_the_command_trains_what_is_left_and_draws_one_figure(files, tmp_path):
-    records = run_recipe({**files, "twins": ["fp16", "b158"]}, twins=["fp16"])
-    assert [record["name"] for record in records] == ["fp16-t"]
-    records = run_recipe({**files, "twins": ["fp16", "b158"]})
-    assert [record["name"] for record in records] == ["fp16-t", "b158-t"]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "b158-t",
-        "fp16-t",
-        "loss-t.png",
-    ]
-
-
-def test_another_output_moves_everything_there(files, tmp_path, material):
-    (record,) = run_recipe(files, output=tmp_path / "elsewhere")
-    assert record["recipe"]["corpus"] == material.corpus
-    assert (tmp_path / "elsewhere" / "fp16-t" / "model.safetensors").is_file()
-    assert not (tmp_path / "out").exists()
-
-
-def test_texts_that_are_no_file_can_be_handed_in(files, material):
-    corpora = {"bundled:world/train": lambda: _SENTENCES[:60]}
-    (record,) = run_recipe({**files, "corpus": "bundled:world/train"}, corpora=corpora)
-    assert record["recipe"]["corpus"] == material.corpus
-    with pytest.raises(QBenchError, match="unknown bundled corpus 'bundled:world/trian'; did you"):
-        run_recipe({**files, "corpus": "bundled:world/trian"}, corpora=corpora)
-
-
-def test_curves_of_finished_twins_can_be_drawn_together(twins, tmp_path):
-    folders = [twins / f"{kind}-t" for kind in KINDS]
-    path = commands.draw_folders(folders, tmp_path / "all.svg")
-    assert path.read_text().startswith("<?xml")
-    with pytest.raises(QBenchError, match="is no trained twin: it has no training.json"):
-        commands.draw_folders([tmp_path], tmp_path / "x.png")
-
-
-MISTAKES = {
-    "unknown twin 'b1'": ({}, {"twins": ["b1"]}),
-    "cannot use device 'tpu'": ({}, {"device": "tpu"}),
-    "device 'cpu:0': give cuda": ({}, {"device": "cpu:0"}),
-    "no tokenizer at nowhere": ({"tokenizer": "nowhere"}, {}),
-    "the text file nowhere.txt does not exist": ({"corpus": "nowhere.txt"}, {}),
-    "unknown corpus 'wikitext'; did you mean 'wikitext2'": ({"corpus": "wikitext"}, {}),
-    "has 809 tokens, less than one window of 1024": (
-        {"seqlen": 1024, "tokens_per_step": 1024},
-        {},
-    ),
-}
-
-
-@pytest.mark.parametrize("message", MISTAKES)
-def test_a_mistake_is_one_line(files, message):
-    fields, options = MISTAKES[message]
-    with pytest.raises(QBenchError) as error:
-        run_recipe({**files, **fields}, **options)
-    assert message in str(error.value) and "\n" not in str(error.value)
-
-
-def test_a_broken_tokenizer_is_one_line(files, tmp_path):
-    shutil.rmtree(tmp_path / "tokenizer")
-    (tmp_path / "tokenizer").mkdir()
-    with pytest.raises(QBenchError, match="cannot read the tokenizer in .*tokenizer: "):
-        run_recipe(files)

@@ -36,7 +36,7 @@ def train(
     data_dir: Path | None = None,
     reporter: Reporter | None = None,
 ) -> list[dict[str, Any]]:
-    """Train the twins of a recipe that are not trained yet and draw their curves.
+    """Train the twins of a recipe that are not trained yet, draw their curves, print what is there.
 
     Args:
         recipe: what to train.
@@ -73,15 +73,17 @@ def train(
         before = " (trained before)" if TwinFolder(output / run.name).final.exists() else ""
         record = train_twin(run, material, output, Session(device, reporter))
         records.append({"name": run.name, **record})
-        reporter.line(summary(records[-1]) + before)
         if is_main:
-            draw_recipe(recipe, output)
+            print(summary(records[-1]) + before, flush=True)
+            figure = draw_recipe(recipe, output)
         if record["status"] == "diverged" and recipe.learning_rates is None:
             raise RunFailed(
                 f"{run.name}: the loss became {record['loss']} at step {record['step']}; lower "
                 f"learning_rate ({run.peaks[0]:g}) or set clip, and delete "
                 f"{TwinFolder(output / run.name).work}"
             )
+    if is_main:
+        print(figure)
     return records
 
 
@@ -169,8 +171,8 @@ def _material(recipe: Recipe, texts: _Texts, reporter: Reporter) -> Material:
         windows = pack(documents, tokenizer, recipe.seqlen, progress)
     passes = recipe.steps * recipe.tokens_per_step / windows.numel()
     reporter.line(
-        f"{recipe.corpus}: {len(documents):,} documents, {windows.numel():,} tokens in windows of "
-        f"{recipe.seqlen}; {recipe.steps} steps see them {passes:.1f} times"
+        f"{recipe.corpus} · {len(documents):,} documents · {windows.numel():,} tokens in windows "
+        f"of {recipe.seqlen} · {recipe.steps} steps see them {passes:.1f} times"
     )
     held_out = None
     if recipe.held_out is not None:

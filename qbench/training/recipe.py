@@ -122,7 +122,7 @@ class Recipe(_Strict):
     """Steps between the checkpoints that a killed training continues from."""
     log_every: int | None = Field(default=None, gt=0)
     eval_every: int | None = Field(default=None, gt=0)
-    eval_tokens: int = Field(default=65536, gt=0)
+    eval_tokens: int = Field(default=32768, gt=0)
     """How much of the held-out text is measured while training; at the end it is all."""
 
     @classmethod
@@ -139,7 +139,7 @@ class Recipe(_Strict):
         except (yaml.YAMLError, ValueError) as error:  # bad UTF-8 and impossible dates, too
             raise QBenchError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
         if not isinstance(data, dict):
-            raise QBenchError(f"{path} holds no mapping; see README, 'Train'")
+            raise QBenchError(f"{path} holds no mapping; see 'Train' in the README")
         try:
             return cls.of(data)
         except QBenchError as error:

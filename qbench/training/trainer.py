@@ -1,11 +1,11 @@
 """Train the twins of a recipe with transformers' Trainer; a killed training continues.
 
-Multi-GPU (``torchrun --no-python qbench train ...``), mixed precision, checkpoints and continuing
-from them are the Trainer's and accelerate's. Here are the papers' schedules, the curve, and the
-rule that a training is done once: a finished twin is left alone, an unfinished one continues from
-its last checkpoint and gives the weights it would have given. Weights, gradients and optimizer are
-float32 also where the forward pass is bfloat16: a latent weight must be able to move by less than
-a bfloat16 step.
+Several GPUs (``torchrun --standalone --nproc-per-node 8 --no-python qbench train ...``, each with a
+copy of the model), mixed precision, checkpoints and continuing from them are the Trainer's and
+accelerate's. Here are the papers' schedules, the curve, and the rule that a training is done once:
+a finished twin is left alone, an unfinished one continues from its last checkpoint and gives the
+weights it would have given. Weights, gradients and optimizer are float32 also where the forward
+pass is bfloat16: a latent weight must be able to move by less than a bfloat16 step.
 
 "Adam" of the papers is AdamW here (decoupled weight decay, as in fairseq and Llama); norms and
 biases do not decay. A training whose loss is not finite ends there: nothing it does after that is
@@ -268,6 +268,7 @@ def _trainer_arguments(run: TwinRun, folder: TwinFolder, device: str) -> Trainin
         prediction_loss_only=True,
         remove_unused_columns=False,
         dataloader_pin_memory=device != "cpu",
+        ddp_find_unused_parameters=False,
         disable_tqdm=True,
         report_to="none",
     )
@@ -284,15 +285,26 @@ def _finish(
         "status": "finished",
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
-    if material.held_out is not None:
-        metrics = trainer.evaluate(Windows(material.held_out))
-        record["eval_loss"] = round(metrics["eval_loss"], 6)
     if trainer.is_world_process_zero():
+        if material.held_out is not None:
+            size = trainer.args.per_device_eval_batch_size
+            record["eval_loss"] = round(_held_out_loss(model, material.held_out, size), 6)
         with folder.finishing() as partial:
             _save(model, material.tokenizer, partial)
             write_json(partial / RECORD_FILE, record)
     trainer.accelerator.wait_for_everyone()
-    return record
+    return folder.record() or record
+
+
+@torch.no_grad()
+def _held_out_loss(model: PreTrainedModel, windows: Tensor, size: int) -> float:
+    """Mean loss in float32; the Trainer's counts some windows twice among several processes."""
+    model.eval()
+    total = 0.0
+    for part in windows.split(size):
+        batch = collate(part.long().to(model.device))
+        total += model(**batch, use_cache=False).loss.item() * len(part)
+    return total / len(windows)
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
