@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 from bitnet_fixtures import N_CODES, N_LINEARS, b1, hf_llama, microsoft
 from cli_fixtures import DATA, qbench, records, refused
-from study_fixtures import cells
+from study_fixtures import add, cells, quantization
 
 from qbench.errors import QBenchError
 from qbench.evaluation.tasks import EvaluationOptions
 from qbench.models import files
 from qbench.models.checkpoints import find_checkpoint
+from qbench.study.panels import accuracy_panels
 from qbench.study.store import Store
-from qbench.study.tables import table
+from qbench.study.tables import stored_entries, table
 
 TERNARY = "W1.58A8:w=tensor,a=token,grid=ternary,agrid=restricted"
 BINARY = "W1A8:w=tensor,a=token,grid=sign,agrid=restricted"
@@ -258,14 +259,24 @@ def test_bitnets_table_3_puts_trained_rows_of_other_checkpoints_under_the_quanti
 
 
 def test_the_figure_marks_trained_rows_as_such(sweep, tmp_path):
-    from qbench.study.panels import accuracy_panels
-    from qbench.study.tables import stored_entries
-
     qbench("sweep", sweep)
     found = stored_entries(Store(tmp_path / "runs"), checkpoints=["fp16", "b158", "b1"])
     panels = accuracy_panels(found, "wbits")
     stars = {(p.name, p.wbits) for panel in panels for p in panel.points if p.role == "trained"}
     assert stars == {("b158", 1.58), ("b1", 1)}
+
+
+def test_trained_twins_stand_in_the_panel_of_each_twin(tmp_path):
+    """Sizes of 2 M models that differ by their norms; the 8 M model is another matter."""
+    store = Store(tmp_path / "runs")
+    sizes = {"fp16-2m": 2_000_000, "b158-2m-latent": 2_004_000, "fp16-8m": 8_000_000}
+    for name, size in sizes.items():
+        add(store, quantization(name, parameters=size), {"piqa": 0.7})
+    trained = quantization("b158-2m", scheme=TERNARY, trained=True, parameters=2_004_000)
+    add(store, trained, {"piqa": 0.65})
+    panels = accuracy_panels(stored_entries(store), "wbits")
+    stars = {p.title: [q.name for q in p.points if q.role == "trained"] for p in panels}
+    assert stars == {"fp16-2m": ["b158-2m"], "b158-2m-latent": ["b158-2m"], "fp16-8m": []}
 
 
 # --- bundled --------------------------------------------------------------------------------------

@@ -231,12 +231,22 @@ def _by_checkpoint(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
     return dict(homes)
 
 
+_TWINS = 1.05
+"""Ratio of sizes up to which models count as equally large."""
+
+
 def _nearest(size: int | None, sizes: dict[str, int | None]) -> list[str]:
-    """The checkpoint nearest in size, by ratio; all of them where a size is unknown."""
+    """The checkpoint nearest in size, by ratio; all of them where a size is unknown.
+
+    Twins, which differ by some norms, are equally near: a trained model stands in the panel of its
+    full-precision twin and in that of its own latent weights.
+    """
     known = {name: other for name, other in sizes.items() if other}
     if not size or len(known) < len(sizes):
         return list(sizes)
-    return [min(known, key=lambda name: abs(math.log(known[name] / size)))]
+    distances = {name: abs(math.log(other / size)) for name, other in known.items()}
+    limit = min(distances.values()) + math.log(_TWINS)
+    return [name for name, distance in distances.items() if distance <= limit]
 
 
 def run_name(entry: Entry) -> str:
