@@ -131,7 +131,10 @@ def run_sweep(
         )
         for entry in asked.checkpoint_entries()
     ]
-    reporter.line(f"{len(benches)} checkpoints x {len(cells)} cells · looking up what is stored")
+    reporter.line(f"{len(benches)} checkpoints, {len(cells)} cells · looking up what is stored")
+    for bench in benches:
+        if bench.checkpoint.why_not_quantized:
+            reporter.line(f"only as it was trained: {bench.checkpoint.why_not_quantized}")
     plans = [(bench, bench.plan(cell)) for bench in benches for cell in bench.cells(cells)]
     if dry_run:
         from qbench.study.planning import plan_lines

@@ -77,14 +77,10 @@ class Workbench:
         return Cell(asked.baseline, own, trained=True) if own and left_alone else asked
 
     def cells(self, asked: Sequence[Cell]) -> list[Cell]:
-        """The cells of a sweep on this checkpoint; on a BitNet the trained row is always one.
-
-        The others stay, to say why they cannot be.
-        """
+        """The cells of a sweep on this checkpoint; on a BitNet, that of its training alone."""
         if self.checkpoint.trained_scheme is None:
             return list(asked)
-        trained = self.cell(Cell(load_baseline("none"), Scheme()))
-        return [trained, *(cell for cell in asked if not cell.scheme.is_identity)]
+        return [self.cell(Cell(load_baseline("none"), Scheme()))]
 
     def release(self) -> None:
         """Let go of the model and the tokenized data: another checkpoint needs the memory."""
