@@ -244,9 +244,8 @@ def _nearest(size: int | None, sizes: dict[str, int | None]) -> list[str]:
     known = {name: other for name, other in sizes.items() if other}
     if not size or len(known) < len(sizes):
         return list(sizes)
-    distances = {name: abs(math.log(other / size)) for name, other in known.items()}
-    limit = min(distances.values()) + math.log(_TWINS)
-    return [name for name, distance in distances.items() if distance <= limit]
+    nearest = min(known.values(), key=lambda other: abs(math.log(other / size)))
+    return [n for n, other in known.items() if 1 / _TWINS <= other / nearest <= _TWINS]
 
 
 def run_name(entry: Entry) -> str:
