@@ -86,6 +86,9 @@ WHAT_HAPPENS = {
 }  # fmt: skip
 """Rule -> how its outcome is asked about."""
 
+IS = ("is {n} {v}", "would you call {n} {v}", "do people say that {n} is {v}")
+"""How it is asked whether somebody has a trait."""
+
 NEEDS = ("When {n} is {f}, {s} will", "{n} is {f}. Now {s} should")
 GOALS = ("How does {n} {g}?", "What does {n} need to {g}?", "{n} wants to {g}. How?")
 SOLUTION = "{n} takes the {tool} to {g}."
@@ -361,9 +364,13 @@ def _passage(world: World, rng: random.Random) -> str:
         if traits:
             break
     text, asked = passage(world, a, b, rng.sample(traits, min(2, len(traits))), rng)
-    open_ones = [case for case in asked if not held_out("asked", *case[:2])]
-    chosen = rng.sample(open_ones, min(3, len(open_ones)))
-    lines = [question(f"is {name} {value}?", answer) for name, _, value, answer in chosen]
+    cases = [(case, form) for case in asked for form in range(len(IS))]
+    cases = [(case, form) for case, form in cases if not held_out("asked", *case[:2], form)]
+    chosen = rng.sample(cases, min(3, len(cases)))
+    lines = [
+        question(f"{IS[form].format(n=name, v=value)}?", answer)
+        for (name, _, value, answer), form in chosen
+    ]
     return "\n".join([text, *lines])
 
 

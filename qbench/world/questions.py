@@ -238,20 +238,21 @@ def _openbookqa(world: World, rng: random.Random) -> Iterator[Row]:
 def _boolq(world: World, rng: random.Random) -> Iterator[Row]:
     """A passage about two people, and a question about one of them, in twins: yes and no."""
     keys = [
-        (a, b, trait)
+        (a, b, trait, form)
         for a in PEOPLE
         for b in PEOPLE
         if a != b
         for trait in prose.unlike(world, a, b)
-        if held_out("asked", a.name, trait)
+        for form in range(len(prose.IS))
+        if held_out("asked", a.name, trait, form)
     ]
-    for number, (a, b, trait) in enumerate(_shuffled(keys, rng)):
+    for number, (a, b, trait, form) in enumerate(_shuffled(keys, rng)):
         others = [other for other in prose.unlike(world, a, b) if other != trait]
         shown = [trait, *rng.sample(others, min(1, len(others)))]
         text, asked = prose.passage(world, a, b, shown, rng)
         for name, about, value, answer in asked:
             if (name, about) == (a.name, trait):
-                question, label = f"is {name} {value}", int(answer == "yes")
+                question, label = prose.IS[form].format(n=name, v=value), int(answer == "yes")
                 row = {"question": question, "passage": text, "idx": 2 * number + label}
                 yield row | {"label": label}
 
