@@ -4,6 +4,8 @@ import gc
 import json
 import math
 import random
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,9 +21,9 @@ from training_fixtures import (
     train,
     weights,
 )
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
-from qbench.errors import QBenchError
+from qbench.errors import QBenchError, RunFailed
 from qbench.models.checkpoints import load_checkpoint
 from qbench.testing.models import _SENTENCES, tiny_tokenizer
 from qbench.training import trainer
@@ -278,6 +280,70 @@ def test_a_training_killed_while_it_saves_the_twin_needs_no_step_more(
     record = train(material, tmp_path, KillAfter(8))
     assert record["train_loss"] == record_of(twins / "fp16-t")["train_loss"]
     assert same(weights(twins / "fp16-t"), weights(tmp_path / "fp16-t"))
+
+
+def test_what_a_kill_leaves_behind_beside_a_finished_twin_is_tidied_up(
+    material, tmp_path, monkeypatch
+):
+    real = shutil.rmtree
+
+    def killed(path, **more):
+        if str(path).endswith(".training"):
+            raise Killed
+        real(path, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("qbench.training.folders.shutil.rmtree", killed)
+        with pytest.raises(Killed):
+            train(material, tmp_path, steps=3)
+    assert TwinFolder(tmp_path / "fp16-t").work.is_dir()
+    assert train(material, tmp_path, KillAfter(0), steps=3)["status"] == "finished"
+    assert [path.name for path in tmp_path.iterdir()] == ["fp16-t"]
+
+
+def test_a_training_killed_before_its_first_step_begins_anew(material, tmp_path, twins):
+    work = TwinFolder(tmp_path / "fp16-t").work
+    work.mkdir()
+    (work / "recipe.yaml").write_text("")  # written before the record
+    train(material, tmp_path)
+    assert same(weights(twins / "fp16-t"), weights(tmp_path / "fp16-t"))
+
+
+def test_a_second_process_is_kept_from_the_same_training(material, tmp_path):
+    with pytest.raises(Killed):
+        train(material, tmp_path, KillAfter(1), steps=3)
+    folder = TwinFolder(tmp_path / "fp16-t")
+    said = "fp16-t is being trained by another process; wait for it, or end it"
+    with folder.locked(), pytest.raises(QBenchError, match=said):
+        train(material, tmp_path, steps=3)
+    assert train(material, tmp_path, steps=3)["status"] == "finished"
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(material, tmp_path, monkeypatch, twins):
+    inside = Trainer._save_checkpoint
+
+    def full(self, *given):
+        if self.state.global_step == 6:
+            (Path(self.args.output_dir) / "checkpoint-6").mkdir()
+            raise OSError(28, "No space left on device")
+        inside(self, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_save_checkpoint", full)
+        with pytest.raises(
+            RunFailed, match=r"fp16-t: cannot write to .* \(No space left on device\)"
+        ):
+            train(material, tmp_path)
+    train(material, tmp_path)
+    assert same(weights(twins / "fp16-t"), weights(tmp_path / "fp16-t"))
+
+
+def test_an_output_that_is_a_file_is_one_line(material, tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(
+        QBenchError, match="cannot write to .*out/.fp16-t.training: Not a directory"
+    ):
+        train(material, tmp_path / "out")
 
 
 def test_a_finished_twin_is_not_trained_again(material, twins):

@@ -65,17 +65,42 @@ class TwinFolder:
         found = self.record()
         if found is not None:
             _check_same(self.final, found, identity)
+            if found.get("status") == "finished":  # killed before it could tidy up, perhaps
+                shutil.rmtree(self.work, ignore_errors=True)
             return found if found.get("status") in ("finished", "diverged") else None
-        for folder in (self.final, self.work):
-            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-                raise QBenchError(f"{folder} exists and is no training; choose another --output")
+        taken = self.final.exists()
+        if taken and (not self.final.is_dir() or any(self.final.iterdir())):
+            raise QBenchError(f"{self.final} exists and is no training; choose another --output")
         try:
             self.work.mkdir(parents=True, exist_ok=True)
+            (self.work / RECIPE_FILE).write_text(run.recipe.as_yaml(), encoding="utf-8")
+            self.write({"status": "running", "digest": digest(identity), "recipe": identity})
         except OSError as error:
             raise QBenchError(f"cannot write to {self.work}: {error.strerror}") from error
-        (self.work / RECIPE_FILE).write_text(run.recipe.as_yaml(), encoding="utf-8")
-        self.write({"status": "running", "digest": digest(identity), "recipe": identity})
         return None
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep a second process from the same training; a killed one leaves no lock behind.
+
+        Raises:
+            QBenchError: if another process holds it.
+        """
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            yield
+            return
+        with (self.work / "lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise QBenchError(
+                    f"{self.final} is being trained by another process; wait for it, or end it"
+                ) from None
+            except OSError:
+                pass  # a file system without locks
+            yield
 
     def write(self, record: dict[str, Any]) -> None:
         """Write the record of the running training."""

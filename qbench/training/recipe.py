@@ -112,7 +112,7 @@ class Recipe(_Strict):
     """Largest norm of the gradient; the papers clip none."""
     bitlinear: dict[str, Any] = {}
     """Options of the b1 twin's layers that differ from the published defaults."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the forward pass; weights, gradients and optimizer are float32 in both."""
     output: Path = Path("checkpoints")

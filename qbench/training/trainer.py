@@ -17,36 +17,32 @@ Left out: choosing hyperparameters, and any report but the curve.
 from __future__ import annotations
 
 import math
-import platform
-import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
-from transformers.utils import logging
 
 from qbench.errors import QBenchError, RunFailed
 from qbench.models.bitnet.architecture import new_model
 from qbench.models.bitnet.layers import B1, BitLinearOptions, bitlinears
 from qbench.models.bitnet.saving import save_latent
-from qbench.models.checks import quiet
 from qbench.progress import Reporter, Update
 from qbench.training.callbacks import Recorder, Schedule
 from qbench.training.curves import CURVE_FILE, CurveWriter
 from qbench.training.data import Windows, collate, fingerprint
 from qbench.training.folders import RECORD_FILE, TwinFolder, write_json
 from qbench.training.recipe import TwinRun
+from qbench.training.surroundings import environment, random_left_alone, silence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -149,16 +145,22 @@ def train_twin(
     session = session or Session()
     folder = TwinFolder(output / run.name)
     identity = run.identity(material.corpus, len(material.tokenizer))
-    with _random_left_alone(), _silence(), session.reporter.step(run.name) as progress:
+    with ExitStack() as stack:
+        stack.enter_context(random_left_alone())
+        stack.enter_context(silence())
+        progress = stack.enter_context(session.reporter.step(run.name))
         arguments = _arguments(run, folder, session.device)
+        stack.enter_context(_named_failures(run, folder, arguments))
         with arguments.main_process_first(local=False):
             found = folder.claim(run, identity)
-            checkpoint = None if found else folder.last_checkpoint()
-        if found is not None:
-            return found
-        trainer = _trainer(run, material, arguments, session, progress)
+            if found is not None:
+                return found
+            if arguments.process_index == 0:
+                stack.enter_context(folder.locked())
+            checkpoint = folder.last_checkpoint()
         if checkpoint is not None:
             session.reporter.line(f"{run.name}: continues from step {_step(checkpoint)}")
+        trainer = _trainer(run, material, arguments, session, progress)
         recorder = Recorder(run, None)
         if trainer.is_world_process_zero():
             recorder.writer = CurveWriter(folder.work / CURVE_FILE, _step(checkpoint))
@@ -172,12 +174,26 @@ def train_twin(
             if trainer.is_world_process_zero():
                 folder.write(record)
             return record
-        except torch.OutOfMemoryError as error:
-            raise RunFailed(
-                f"{run.name}: out of memory with {arguments.per_device_train_batch_size} "
-                "windows per pass; set a smaller batch_size"
-            ) from error
         return _finish(trainer, material, folder, _record(folder, run, recorder, session))
+
+
+@contextmanager
+def _named_failures(
+    run: TwinRun, folder: TwinFolder, arguments: TrainingArguments
+) -> Iterator[None]:
+    """What a machine may lack, in one line."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RunFailed(
+            f"{run.name}: out of memory with {arguments.per_device_train_batch_size} windows per "
+            "pass; set a smaller batch_size"
+        ) from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RunFailed(
+            f"{run.name}: cannot write to {folder.work} ({reason}); mend it and run the same again"
+        ) from error
 
 
 def _trainer(
@@ -330,43 +346,9 @@ def _record(
         "tokens": run.recipe.steps * run.recipe.tokens_per_step,
         "train_loss": last.loss if last else None,
         "seconds": round(last.seconds, 1) if last else 0.0,
-        "environment": _environment(session.device),
+        "environment": environment(session.device),
     }
-
-
-def _environment(device: str) -> dict[str, str]:
-    found = {name: version(name) for name in ("qbench", "torch", "transformers", "accelerate")}
-    found |= {"python": platform.python_version(), "device": device}
-    found["threads"] = str(torch.get_num_threads())
-    if device != "cpu" and torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-    return found
 
 
 def _step(checkpoint: Path | None) -> int:
     return int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """No bars and no remarks by transformers: there is one bar already."""
-    had_bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        with quiet():
-            yield
-    finally:
-        if had_bars:
-            logging.enable_progress_bar()
-
-
-@contextmanager
-def _random_left_alone() -> Iterator[None]:
-    """The Trainer seeds every global generator there is; put them back."""
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
