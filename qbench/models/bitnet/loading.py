@@ -147,7 +147,7 @@ def _replace_linears_(name: str, model: PreTrainedModel, fmt: BitNetFormat) -> N
             continue
         kind = BitLinear if fmt.norm_eps is None else NormedBitLinear
         layer = kind.from_linear(linear, B158)
-        if isinstance(layer, NormedBitLinear):
+        if fmt.norm_eps is not None:
             layer.rms_norm = LlamaRMSNorm(linear.in_features, eps=fmt.norm_eps)
         model.set_submodule(linear_name, layer)
 
