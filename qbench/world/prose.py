@@ -145,22 +145,26 @@ def story(number: int, twin: int, person: Person, place: str) -> tuple[list[str]
 
 def passage(
     world: World, a: Person, b: Person, traits: Sequence[str], rng: random.Random
-) -> tuple[str, list[tuple[str, str, str, str]]]:
-    """A titled passage about two people, and (name, trait, value, answer) of what can be asked."""
+) -> tuple[str, list[tuple[str, str, bool]]]:
+    """A titled passage about two people, and (name, trait, answer) of what can be asked.
+
+    Whether somebody has a trait is asked by the trait's first word alone.
+    """
     facts, asked = [], []
     for person in (a, b):
         for trait in traits:
             true = world.traits[person.name][trait]
             facts.append(f"{person.name} is {true}.")
-            asked += [
-                (person.name, trait, value, "yes" if value == true else "no")
-                for value in lexicon.TRAITS[trait]
-            ]
-        facts.append(
-            rng.choice(FACTS["home"]).format(n=person.name, v=world.people[person.name]["home"])
-        )
+            asked.append((person.name, trait, true == lexicon.TRAITS[trait][0]))
+        home = world.people[person.name]["home"]
+        facts.append(rng.choice(FACTS["home"]).format(n=person.name, v=home))
     rng.shuffle(facts)
     return f"{a.name} and {b.name} -- {' '.join(facts)}", asked
+
+
+def whether(name: str, trait: str, form: int) -> str:
+    """A yes-or-no question about somebody, as BoolQ writes it."""
+    return IS[form].format(n=name, v=lexicon.TRAITS[trait][0])
 
 
 def unlike(world: World, a: Person, b: Person) -> list[str]:
@@ -364,12 +368,11 @@ def _passage(world: World, rng: random.Random) -> str:
         if traits:
             break
     text, asked = passage(world, a, b, rng.sample(traits, min(2, len(traits))), rng)
-    cases = [(case, form) for case in asked for form in range(len(IS))]
-    cases = [(case, form) for case, form in cases if not held_out("asked", *case[:2], form)]
-    chosen = rng.sample(cases, min(3, len(cases)))
+    cases = [(*case, form) for case in asked for form in range(len(IS))]
+    cases = [case for case in cases if not held_out("asked", case[0], case[1], case[3])]
     lines = [
-        question(f"{IS[form].format(n=name, v=value)}?", answer)
-        for (name, _, value, answer), form in chosen
+        question(f"{whether(name, trait, form)}?", "yes" if answer else "no")
+        for name, trait, answer, form in rng.sample(cases, min(3, len(cases)))
     ]
     return "\n".join([text, *lines])
 

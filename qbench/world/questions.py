@@ -236,7 +236,7 @@ def _openbookqa(world: World, rng: random.Random) -> Iterator[Row]:
 
 
 def _boolq(world: World, rng: random.Random) -> Iterator[Row]:
-    """A passage about two people, and a question about one of them, in twins: yes and no."""
+    """A passage about two unlike people and a question about each: one to answer yes, one no."""
     keys = [
         (a, b, trait, form)
         for a in PEOPLE
@@ -244,17 +244,20 @@ def _boolq(world: World, rng: random.Random) -> Iterator[Row]:
         if a != b
         for trait in prose.unlike(world, a, b)
         for form in range(len(prose.IS))
-        if held_out("asked", a.name, trait, form)
+        if all(held_out("asked", person.name, trait, form) for person in (a, b))
     ]
     for number, (a, b, trait, form) in enumerate(_shuffled(keys, rng)):
         others = [other for other in prose.unlike(world, a, b) if other != trait]
         shown = [trait, *rng.sample(others, min(1, len(others)))]
         text, asked = prose.passage(world, a, b, shown, rng)
-        for name, about, value, answer in asked:
-            if (name, about) == (a.name, trait):
-                question, label = prose.IS[form].format(n=name, v=value), int(answer == "yes")
-                row = {"question": question, "passage": text, "idx": 2 * number + label}
-                yield row | {"label": label}
+        for name, about, answer in asked:
+            if about == trait:
+                yield {
+                    "question": prose.whether(name, trait, form),
+                    "passage": text,
+                    "idx": 2 * number + int(answer),
+                    "label": int(answer),
+                }
 
 
 def _piqa(world: World, rng: random.Random) -> Iterator[Row]:
