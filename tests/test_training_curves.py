@@ -111,6 +111,15 @@ def test_the_first_losses_do_not_set_the_scale_but_a_later_spike_does():
     assert 50 < drawn(Curve("fp16", "x", spiking)).get_ylim()[1] < 60
 
 
+def test_a_line_that_leaves_upwards_is_worse_than_an_untrained_model():
+    rows = [row(1, loss=6.0), *(row(step, loss=500.0) for step in range(2, 50))]
+    good = [row(step, loss=6.0 / step) for step in range(1, 50)]
+    low, high = drawn(Curve("fp16", "x", rows), Curve("b1", "y", good)).get_ylim()
+    assert -0.5 < low < 6 / 49 and 6.0 < high < 6.5
+    low, high = drawn(Curve("fp16", "x", rows)).get_ylim()  # nothing else to show
+    assert 6.0 < high < 1000
+
+
 def test_a_loss_that_is_infinite_does_not_break_the_scale():
     rows = [row(1), row(2), row(3, loss=math.inf)]
     assert math.isfinite(drawn(Curve("fp16", "x", rows)).get_ylim()[1])

@@ -140,7 +140,7 @@ def _curve(run: TwinRun, output: Path) -> curves.Curve | None:
     record = folder.record()
     if record is None or not folder.curve.is_file():
         return None
-    note = f", learning rate {run.peaks[0]:g}" if run.recipe.learning_rates else ""
+    note = f", rate {run.peaks[0]:g}" if run.recipe.learning_rates else ""
     diverged = record["step"] if record["status"] == "diverged" else None
     rows = curves.read_curve(folder.curve)
     return curves.Curve(run.kind, curves.label(run.kind, note), rows, diverged)

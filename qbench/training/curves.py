@@ -33,6 +33,7 @@ _HELD_OUT: dict[str, Any] = {
     "markersize": 3.5,
     "markerfacecolor": "white",
 }
+_WIDTH = 5.2  # inches
 _STYLES = ("-", "--", ":", "-.")
 _SETTINGS = {
     "font.size": 9,
@@ -139,7 +140,7 @@ class Curve:
 
 
 def draw(curves: Sequence[Curve], title: str = "") -> Figure:
-    """Training loss against tokens, held-out loss as points; a cross where a loss diverged.
+    """Training loss against tokens, held-out loss as points; a cross where a loss was lost.
 
     Raises:
         QBenchError: if there is nothing to draw.
@@ -152,14 +153,14 @@ def draw(curves: Sequence[Curve], title: str = "") -> Figure:
         raise QBenchError("nothing to draw: no training has written a loss yet")
     unit, word = _unit(max(row.tokens for curve in curves for row in curve.rows))
     with style.context(["default", _SETTINGS]):
-        figure = Figure(figsize=(5.2, 3.4), layout="constrained")
+        figure = Figure(layout="constrained")
         axes = figure.subplots()
         seen: dict[str, int] = {}
         for curve in curves:
             line = _STYLES[seen.get(curve.kind, 0) % len(_STYLES)]
             seen[curve.kind] = seen.get(curve.kind, 0) + 1
             _draw_curve(axes, curve, line, unit)
-        axes.set_ylim(top=_ceiling(curves))
+        axes.set_ylim(_limits(curves))
         axes.set_xlabel(f"{word}tokens")
         axes.set_ylabel("loss (nats per token)")
         axes.grid(axis="y", color="#e6e6e6", linewidth=0.6, zorder=0)
@@ -167,7 +168,12 @@ def draw(curves: Sequence[Curve], title: str = "") -> Figure:
             axes.set_title(title, fontsize=9)
         if any(row.eval_loss is not None for curve in curves for row in curve.rows):
             axes.plot([], [], **_HELD_OUT, color=_OTHER, label="held-out text")
-        axes.legend(fontsize=8, frameon=False, ncols=1 + (len(curves) > 4))
+        handles, labels = axes.get_legend_handles_labels()
+        columns = max(1, min(len(labels), int(_WIDTH / (0.06 * max(map(len, labels)) + 0.45))))
+        figure.legend(
+            handles, labels, loc="outside lower center", ncols=columns, fontsize=8, frameon=False
+        )
+        figure.set_size_inches(_WIDTH, 3.1 + 0.17 * math.ceil(len(labels) / columns))
     return figure
 
 
@@ -186,13 +192,19 @@ def _draw_curve(axes: Any, curve: Curve, line: str, unit: float) -> None:
         axes.plot(across[-1], curve.rows[-1].loss, "x", color=colour, markersize=9, zorder=4)
 
 
-def _ceiling(curves: Sequence[Curve]) -> float:
-    """The first losses would flatten the rest; what spikes later stays in sight."""
-    late = [row.loss for c in curves for row in c.rows[len(c.rows) // 20 :]]
-    finite = [loss for loss in late if math.isfinite(loss)]
-    low = min(finite, default=0.0)
-    high = max(finite, default=1.0)
-    return high + 0.05 * (high - low) + 1e-6
+def _limits(curves: Sequence[Curve]) -> tuple[float, float]:
+    """What spikes stays in sight, up to the first losses: beyond them is worse than untrained.
+
+    Where nothing spikes, the first twentieth is cut, which would flatten the rest.
+    """
+    late = [row for c in curves for row in c.rows[len(c.rows) // 20 :]]
+    losses = [loss for row in late for loss in (row.loss, row.eval_loss) if loss is not None]
+    finite = [loss for loss in losses if math.isfinite(loss)] or [0.0, 1.0]
+    first = max(c.rows[0].loss for c in curves)
+    low, high = min(finite), max(finite)
+    high = high if high <= first or first <= low else first
+    margin = 0.05 * (high - low) + 1e-6
+    return low - margin, high + margin
 
 
 def _unit(tokens: int) -> tuple[float, str]:
@@ -203,7 +215,7 @@ def _unit(tokens: int) -> tuple[float, str]:
 
 
 def label(kind: str, note: str = "") -> str:
-    """How a figure calls a twin."""
+    """How figures call a twin."""
     return f"{_LABELS.get(kind, kind)}{note}"
 
 
