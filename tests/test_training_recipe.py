@@ -154,6 +154,14 @@ def test_two_stages_drop_to_the_lower_peak_half_way_on_one_falling_line():
     assert run.learning_rate_at(75) == pytest.approx(0.25)
 
 
+def test_two_stages_of_700m_are_the_training_tips_figure():
+    """Read off the figure by others: from 1.5e-3 to 8e-4 over 50K steps, then from 5e-4 to 0."""
+    recipe = Recipe.of({"preset": "bitnet-b1.58-700m", **PATHS, "twins": ["b158"]})
+    (run,) = recipe.runs()
+    rates = [run.learning_rate_at(step) for step in (374, 49_999, 50_000, 100_000)]
+    assert rates == pytest.approx([1.5e-3, 8e-4, 5e-4, 0.0], rel=0.07)
+
+
 def test_the_second_half_begins_in_the_middle_of_an_odd_number_of_steps():
     run = small(
         twins=["b158"], schedule="two-stage", learning_rate=[4.0, 1.0], steps=5, weight_decay=0.1
