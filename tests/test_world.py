@@ -93,6 +93,13 @@ def near_chance(task: str, found: float) -> bool:
     return abs(found - chance) < 3.5 * math.sqrt(chance * (1 - chance) / len(rows(task)))
 
 
+def topical(context: str, option: str) -> float:
+    """Words shared with the context, but nothing that merely repeats it."""
+    if option.rstrip(".").lower() in context.lower():
+        return -1
+    return len(set(words(context)) & set(words(option)))
+
+
 BLIND = {
     "the longest option": lambda context, option: len(option),
     "the shortest option": lambda context, option: -len(option),
@@ -101,6 +108,7 @@ BLIND = {
     "most words shared with the context": lambda context, option: len(
         set(words(context)) & set(words(option))
     ),
+    "most words shared with the context without repeating it": topical,
     "fewest words shared with the context": lambda context, option: (
         -len(set(words(context)) & set(words(option)))
     ),

@@ -93,6 +93,19 @@ TOOLS = {
 }
 """Tool -> what it is for."""
 
+ALSO = {
+    "fell the tree": ("saw",), "chop the wood": ("saw",), "split the log": ("saw",),
+    "cut the plank": ("axe", "knife"), "cut off the branch": ("axe", "knife"),
+    "shorten the table leg": ("axe",), "fetch some water": ("kettle",),
+    "boil some water": ("bucket",),
+    "cut the bread": ("saw", "axe"), "slice the cheese": ("saw", "axe"), "crack the nut": ("axe",),
+    "clean the steps": ("brush",), "chase the dust": ("brush",), "sweep the floor": ("brush",),
+    "pick the top apples": ("net",), "warm the milk": ("candle", "bucket"),
+    "make some tea": ("bucket",), "put out the fire": ("bucket", "kettle"),
+    "dig a hole": ("axe",), "drive in the nail": ("axe",), "pull up the bucket": ("net",),
+}  # fmt: skip
+"""Goal -> tools that would do as well, which are no wrong answer."""
+
 ACTIVITIES = {
     "Baking bread": ("mixes the flour with water", "kneads the dough", "lets the dough rest",
                      "puts the loaf into the oven", "takes out the hot loaf"),

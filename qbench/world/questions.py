@@ -9,6 +9,8 @@ the options.
 from __future__ import annotations
 
 import random
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -93,23 +95,39 @@ def _winogrande(world: World, rng: random.Random) -> Iterator[Row]:
 
 
 def _hellaswag(world: World, rng: random.Random) -> Iterator[Row]:
-    """The next step of an activity, among a later or earlier one and steps of other activities."""
+    """The next step of an activity, among a later one and steps of other activities.
+
+    Some wrong ending shares as many words with title and context as the right one does, none is
+    told by its length, and none repeats the context: what the scene is about does not give the answer away.
+    """
     steps = lexicon.ACTIVITIES
     keys = [
         (activity, person, step)
         for activity in steps
         for person in PEOPLE
         if held_out("activity", activity, person.name)
-        for step in (1, 2, 3, 4)
+        for step in (1, 2, 3)
     ]
-    rng.shuffle(keys)
-    for number, (activity, person, step) in enumerate(keys):
-        told = prose.activity_steps(activity, person)
-        same = rng.choice([i for i in range(1, 5) if i != step])
-        others = rng.sample([name for name in steps if name != activity], 2)
-        wrong = [steps[activity][same], *(steps[name][rng.randint(1, 4)] for name in others)]
-        endings, label = _options(f"{steps[activity][step]}.", [f"{w}." for w in wrong], rng)
-        context = " ".join(told[:step])
+    for number, (activity, person, step) in enumerate(_shuffled(keys, rng)):
+        context = " ".join(prose.activity_steps(activity, person)[:step])
+        right = steps[activity][step]
+        seen = f"{activity} {context}"
+        later = steps[activity][step + 1 :]
+        near = [text for text in later if _shared(text, seen) >= _shared(right, seen)]
+        others = [
+            text
+            for name in steps
+            if name != activity
+            for text in steps[name][1:]
+            if near or _shared(text, seen) >= _shared(right, seen)
+        ]
+        if len(others) < 2:
+            continue
+        wrong = [rng.choice(near or later)]
+        long = [text for text in others if len(text) >= len(right)]
+        wrong.append(rng.choice(long if long and rng.random() < 0.5 else others))
+        wrong.append(rng.choice([text for text in others if text not in wrong]))
+        endings, label = _options(f"{right}.", [f"{w}." for w in wrong], rng)
         yield {
             "ind": number,
             "activity_label": activity,
@@ -122,6 +140,11 @@ def _hellaswag(world: World, rng: random.Random) -> Iterator[Row]:
             "split_type": "",
             "label": str(label),
         }
+
+
+def _shared(ending: str, context: str) -> int:
+    """How many words an ending shares with what stands before it."""
+    return len(set(ending.lower().split()) & set(re.findall(r"\w+", context.lower())))
 
 
 def _storycloze(world: World, rng: random.Random) -> Iterator[Row]:
@@ -236,7 +259,10 @@ def _openbookqa(world: World, rng: random.Random) -> Iterator[Row]:
 
 
 def _boolq(world: World, rng: random.Random) -> Iterator[Row]:
-    """A passage about two unlike people and a question about each: one to answer yes, one no."""
+    """A passage about two unlike people and a question about each: one to answer yes, one no.
+
+    The passage tells what is always so in this world: it can be read, or known by heart.
+    """
     keys = [
         (a, b, trait, form)
         for a in PEOPLE
@@ -246,7 +272,12 @@ def _boolq(world: World, rng: random.Random) -> Iterator[Row]:
         for form in range(len(prose.IS))
         if all(held_out("asked", person.name, trait, form) for person in (a, b))
     ]
+    often: Counter[str] = Counter()
     for number, (a, b, trait, form) in enumerate(_shuffled(keys, rng)):
+        pair = [prose.whether(person.name, trait, form) for person in (a, b)]
+        if any(often[question] == 2 for question in pair):
+            continue
+        often.update(pair)
         others = [other for other in prose.unlike(world, a, b) if other != trait]
         shown = [trait, *rng.sample(others, min(1, len(others)))]
         text, asked = prose.passage(world, a, b, shown, rng)
@@ -270,7 +301,8 @@ def _piqa(world: World, rng: random.Random) -> Iterator[Row]:
         if held_out("tool", person.name, goal)
     ]
     for person, tool, goal in _shuffled(keys, rng):
-        other = rng.choice([t for t in lexicon.TOOLS if t != tool])
+        useless = [t for t in lexicon.TOOLS if t != tool and t not in lexicon.ALSO.get(goal, ())]
+        other = rng.choice(useless)
         said = [prose.SOLUTION.format(n=person.name, tool=t, g=goal) for t in (tool, other)]
         options, label = _options(said[0], said[1:], rng)
         asked = rng.choice(prose.GOALS).format(n=person.name, g=goal)
