@@ -254,12 +254,26 @@ def _fill_(
             layer.freeze_(codes)
             continue
         tensor = files.read(weight_name).to(device)
+        if weight_name in layers and layers[weight_name][1].options.weights == "ternary":
+            _check_latent(files.name, weight_name, tensor)
         _put_(model, weight_name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
         if freeze and weight_name in layers:
             layer = layers[weight_name][1]
             layer.freeze_(layer.options.weight_codes(tensor))
     if tied:
         model.tie_weights()
+
+
+def _check_latent(checkpoint: str, name: str, tensor: Tensor) -> None:
+    """Refuse ternary weights where latent ones belong: their mean |W| is not their scale."""
+    magnitude = tensor.abs()
+    largest = magnitude.max()
+    if largest > 0 and ((magnitude == 0) | (magnitude == largest)).all():
+        raise QBenchError(
+            f"{checkpoint}: {name} is no latent weight but ternary already (-1, 0, 1 times "
+            f"{largest.item():g}); say quantization_mode offline and linear_class autobitlinear, "
+            f"and store codes with their {SCALE}"
+        )
 
 
 def _tied_head(model: PreTrainedModel, files: _Files) -> set[str]:
