@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from qbench.errors import QBenchError
 from qbench.models import files
-from qbench.models.bitnet.formats import BitNetFormat, Stored, detect
+from qbench.models.bitnet.formats import BitNetFormat, Stored, check_entry, detect
 from qbench.models.bitnet.report import LoadReport
 from qbench.models.checks import (
     check_causal,
@@ -351,6 +351,7 @@ def _names(keys: Iterable[Any]) -> list[str]:
 def _check_architecture(checkpoint: Checkpoint) -> None:
     config = checkpoint.config
     names = config.get("architectures") or []
+    check_entry(checkpoint.name, "architectures", names, list, "a list of class names")
     if names and not any(str(n).endswith(CAUSAL) for n in names):
         raise QBenchError(
             f"{checkpoint.name} is a {names[0]}, not a causal language model; qbench measures "

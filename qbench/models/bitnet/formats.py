@@ -139,6 +139,7 @@ def detect(
         QBenchError: for a checkpoint that is BitNet and would not run as it was trained.
     """
     quantized = config.get("quantization_config") or {}
+    check_entry(name, "quantization_config", quantized, Mapping, "an object")
     named = [str(a) for a in config.get("architectures") or ()]
     model_type = config.get("model_type")
     if quantized and quantized.get("quant_method") != "bitnet":
@@ -156,6 +157,14 @@ def detect(
         return read.one_bit_llm()
     read.refuse_codes_without_meaning()
     return None
+
+
+def check_entry(
+    name: str, entry: str, value: Any, kind: type | tuple[type, ...], words: str
+) -> None:
+    """Raise a QBenchError for an entry of a config.json that is of another kind than ``words``."""
+    if not isinstance(value, kind):
+        raise QBenchError(f"{name} has {entry} {value!r} in its config.json; give {words}")
 
 
 class _Reader:
@@ -202,6 +211,8 @@ class _Reader:
             raise unknown(f"quantization_mode {where}", str(mode), MODES)
         common = self.common(self.default_act)
         kept = quantized.get("modules_to_not_convert")
+        if kept is not None:
+            check_entry(self.name, "modules_to_not_convert", kept, list, "a list of names")
         keep = None if kept is None else tuple(map(str, kept))
         for pattern in keep or ():
             try:
@@ -297,7 +308,10 @@ class _Reader:
                 "convert the checkpoint again"
             )
         eps = quantized.get("rms_norm_eps")
-        return 1e-6 if eps is None else float(eps), bool(having)
+        if eps is None:
+            return 1e-6, bool(having)
+        check_entry(self.name, "rms_norm_eps", eps, (int, float), "a number")
+        return float(eps), bool(having)
 
     def without_quantization_config(self) -> BitNetFormat:
         """A model of type bitnet whose config.json does not say how it is quantized."""
@@ -348,8 +362,9 @@ class _Reader:
 
     def b1(self) -> BitNetFormat:
         """What qbench trains as b1."""
-        options = dict(self.config.get("bitlinear") or {})
-        options = {"weights": "binary", "norm": "layer"} | options
+        given = self.config.get("bitlinear") or {}
+        check_entry(self.name, "bitlinear", given, Mapping, "an object of quantizer options")
+        options = {"weights": "binary", "norm": "layer"} | dict(given)
         made = BitNetFormat(
             layout="qbench b1",
             storage="latent",
