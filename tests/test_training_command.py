@@ -118,6 +118,19 @@ def test_among_several_learning_rates_divergence_is_a_finding(write, tmp_path, m
     assert figure == f"{tmp_path}/out/loss-t.png"
 
 
+def test_a_divergence_before_the_first_row_neither_hides_nor_ends_anything(write, tmp_path):
+    said = "fp16-t: the loss became nan at step 3; lower learning_rate (1e+30)"
+    alone = {"warmup": 0, "log_every": 5, "save_every": 5, "eval_every": 5}
+    for _ in range(2):
+        result = qbench("train", write(learning_rate=1e30, **alone), code=1)
+        assert said in result.stderr.splitlines()[-1]
+    several = write(learning_rate=None, learning_rates=[1e30, 0.01], **alone)
+    diverged, finished, figure = qbench("train", several).stdout.splitlines()
+    assert diverged == "fp16-t-lr1e+30: diverged, loss nan at step 3"
+    assert finished.startswith("fp16-t-lr0.01: 10,800 parameters")
+    assert figure == f"{tmp_path}/out/loss-t.png"
+
+
 # --- mistakes ------------------------------------------------------------------------------------
 
 MISTAKES = {

@@ -104,6 +104,12 @@ def test_a_cross_stands_where_a_loss_diverged():
     assert (cross.get_xdata()[0], cross.get_ydata()[0]) == (200.0, 3.0)
 
 
+def test_a_loss_lost_before_its_first_row_is_named_in_the_legend():
+    found = [Curve("b1", "y", [row(1), row(2)]), Curve("fp16", "x", [], diverged_at=1)]
+    (legend,) = curves.draw(found).legends
+    assert [text.get_text() for text in legend.get_texts()] == ["y", "x: lost at step 1"]
+
+
 def test_the_first_losses_do_not_set_the_scale_but_a_later_spike_does():
     falling = [row(step, loss=100.0 if step == 1 else 3 - step / 100) for step in range(1, 101)]
     assert drawn(Curve("fp16", "x", falling)).get_ylim()[1] < 4

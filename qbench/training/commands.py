@@ -82,17 +82,23 @@ def train(
                 f"learning_rate ({run.peaks[0]:g}) or set clip, and delete "
                 f"{TwinFolder(output / run.name).work}"
             )
-    if is_main:
+    if is_main and figure is not None:
         print(figure)
     return records
 
 
-def draw_recipe(recipe: Recipe, output: Path) -> Path:
-    """Draw the curves of a recipe's trainings, those that run included, into the output folder."""
-    found = [_curve(run, output) for run in recipe.runs()]
+def draw_recipe(recipe: Recipe, output: Path) -> Path | None:
+    """Draw the curves of a recipe's trainings, those that run included, into the output folder.
+
+    Returns:
+        The figure's path; None where no training has a loss to draw, as after an early divergence.
+    """
+    found = [curve for run in recipe.runs() if (curve := _curve(run, output)) is not None]
+    if not any(curve.rows for curve in found):
+        return None
     path = output / f"loss-{recipe.name}.png"
     title = f"{recipe.name}: one line per peak learning rate" if recipe.learning_rates else ""
-    curves.save(curves.draw([curve for curve in found if curve], title or recipe.name), path)
+    curves.save(curves.draw(found, title or recipe.name), path)
     return path
 
 

@@ -142,12 +142,15 @@ class Curve:
 def draw(curves: Sequence[Curve], title: str = "") -> Figure:
     """Training loss against tokens, held-out loss as points; a cross where a loss was lost.
 
+    A training that was lost before its first row is in the legend alone.
+
     Raises:
         QBenchError: if there is nothing to draw.
     """
     from matplotlib import style
     from matplotlib.figure import Figure
 
+    lost = [c for c in curves if not c.rows and c.diverged_at is not None]
     curves = [curve for curve in curves if curve.rows]
     if not curves:
         raise QBenchError("nothing to draw: no training has written a loss yet")
@@ -160,6 +163,10 @@ def draw(curves: Sequence[Curve], title: str = "") -> Figure:
             line = _STYLES[seen.get(curve.kind, 0) % len(_STYLES)]
             seen[curve.kind] = seen.get(curve.kind, 0) + 1
             _draw_curve(axes, curve, line, unit)
+        for curve in lost:
+            colour = _COLOURS.get(curve.kind, _OTHER)
+            name = f"{curve.label}: lost at step {curve.diverged_at}"
+            axes.plot([], [], "x", color=colour, markersize=7, label=name)
         axes.set_ylim(_limits(curves))
         axes.set_xlabel(f"{word}tokens")
         axes.set_ylabel("loss (nats per token)")
