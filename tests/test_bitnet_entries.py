@@ -62,3 +62,21 @@ def test_architectures_that_are_no_list_are_named(tmp_path, value):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(QBenchError, match=f"has architectures {value!r} in its config.json; give"):
         find_checkpoint(str(tmp_path))
+
+
+# --- the activation function, under every class's own name ----------------------------------------
+@pytest.mark.parametrize(
+    ("config", "act"),
+    [
+        ({"model_type": "falcon", "activation": "gelu"}, "gelu"),
+        ({"model_type": "opt", "activation_function": "relu"}, "relu"),
+        ({"model_type": "gemma2", "hidden_activation": "gelu_pytorch_tanh"}, "gelu_pytorch_tanh"),
+        ({"model_type": "llama", "hidden_act": "relu2"}, "relu2"),
+        ({"model_type": "llama"}, "silu"),
+        ({"model_type": "bitnet"}, "relu2"),
+        ({"model_type": "falcon"}, "as the class has it"),
+    ],
+)
+def test_the_activation_function_is_read_under_the_name_its_class_gives_it(config, act):
+    found = detect("ckpt", config | {"quantization_config": quantization()}, TENSORS)
+    assert found is not None and found.hidden_act == act

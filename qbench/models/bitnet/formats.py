@@ -36,6 +36,8 @@ _RENAMED = (("inner_attn_ln", "attn_sub_norm"), ("ffn_layernorm", "ffn_sub_norm"
 SUB_NORMS = {"attn_sub_norm": "o_proj", "ffn_sub_norm": "down_proj"}
 """Norms of a block that a Llama has not, and the linears they feed."""
 SCALE = "weight_scale"
+_ACTS = ("hidden_act", "activation_function", "activation", "hidden_activation")
+"""Entries for the activation function: Llama's, OPT's, Falcon's and Gemma's."""
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -184,7 +186,7 @@ class _Reader:
         parts = {part for name in self.tensors for part in name.split(".")}
         found = {new_names.get(part, part) for part in parts}
         return {
-            "hidden_act": str(self.config.get("hidden_act") or default_act),
+            "hidden_act": next((str(a) for a in map(self.config.get, _ACTS) if a), default_act),
             "tied": bool(self.config.get("tie_word_embeddings", False)),
             "sub_norms": tuple(norm for norm in SUB_NORMS if norm in found),
         }
@@ -247,7 +249,8 @@ class _Reader:
     @property
     def default_act(self) -> str:
         """The activation function of a config.json that names none."""
-        return "relu2" if self.config.get("model_type") == "bitnet" else "silu"
+        known = {"bitnet": "relu2", "llama": "silu"}
+        return known.get(str(self.config.get("model_type")), "as the class has it")
 
     def storage(self, linears: Mapping[str, Stored], linear_class: str, online: bool) -> str:
         """How the weights are stored; refused where files and config contradict each other."""
