@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
@@ -308,15 +309,20 @@ def _with_preset(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _preset(field: str, name: Any) -> dict[str, Any]:
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise unknown(field, str(name), PRESETS)
     return dict(PRESETS[name])
 
 
 def _explain(error: ValidationError) -> str:
-    """The first problem in one line."""
-    problem: Any = error.errors()[0]
-    where = [str(part) for part in problem["loc"] if not _is_alternative(str(part))]
+    """The first problem in one line; of a mapping, that inside it, as no alternative reaches it."""
+    problems: list[Any] = list(error.errors())
+    first = problems[0]
+    problem = first
+    if isinstance(first.get("input"), (dict, list)):
+        same = [p for p in problems if p["loc"][0] == first["loc"][0]]
+        problem = max(same, key=lambda p: (len(_named(p["loc"])), p["type"] != "float_type"))
+    where = _named(problem["loc"])
     if problem["type"] == "extra_forbidden":
         return str(unknown(f"field {'.'.join(where[:-1])}", where[-1], Shape.model_fields))
     if problem["type"] == "missing":
@@ -324,6 +330,7 @@ def _explain(error: ValidationError) -> str:
     return f"{'.'.join(where)}: {problem['msg']} (got {problem.get('input')!r:.80})"
 
 
-def _is_alternative(part: str) -> bool:
-    """Whether pydantic put it into a place to tell alternatives of a type apart."""
-    return "[" in part or part in ("float", "int", "str", "list", "dict")
+def _named(place: Iterable[int | str]) -> list[str]:
+    """The place of a problem, without what pydantic put in to tell alternatives of a type apart."""
+    types = ("float", "int", "str", "list", "dict", "constrained-float")
+    return [str(part) for part in place if "[" not in str(part) and part not in types]
