@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from qbench.errors import QBenchError
-from qbench.models.bitnet.formats import Stored, detect
-from qbench.models.checkpoints import find_checkpoint
+from qbench.models.bitnet.formats import Stored, detect, once
+from qbench.models.checkpoints import Checkpoint, find_checkpoint
 
 TENSORS = {
     "model.layers.0.self_attn.q_proj.weight": Stored((4, 16), "U8"),
@@ -80,3 +80,29 @@ def test_architectures_that_are_no_list_are_named(tmp_path, value):
 def test_the_activation_function_is_read_under_the_name_its_class_gives_it(config, act):
     found = detect("ckpt", config | {"quantization_config": quantization()}, TENSORS)
     assert found is not None and found.hidden_act == act
+
+
+# --- a head stored beside the embeddings it is tied to --------------------------------------------
+EMBEDDING = {"model.embed_tokens.weight": Stored((32, 16), "F32")}
+HEAD = {"lm_head.weight": Stored((32, 16), "F32")}
+
+
+@pytest.mark.parametrize(("tied", "matrices"), [(True, 1), (False, 2)])
+def test_a_tied_head_that_is_stored_too_is_counted_once(tied, matrices):
+    """q_proj has 16 x 16 codes."""
+    config = {"quantization_config": quantization(), "tie_word_embeddings": tied}
+    tensors = TENSORS | EMBEDDING | HEAD
+    found = detect("ckpt", config, tensors)
+    assert found is not None and found.parameters(tensors) == 256 + matrices * 32 * 16
+
+
+@pytest.mark.parametrize(("tied", "matrices"), [(True, 1), (False, 2)])
+def test_an_ordinary_tied_head_that_is_stored_too_is_counted_once(tmp_path, tied, matrices):
+    checkpoint = Checkpoint("ckpt", tmp_path)
+    known = {"tensors": EMBEDDING | HEAD, "config": {"tie_word_embeddings": tied}}
+    checkpoint.__dict__.update(known | {"bitnet": None})
+    assert checkpoint.parameters == matrices * 32 * 16
+
+
+def test_a_tied_head_without_stored_embeddings_is_counted():
+    assert once(HEAD, tied=True) == HEAD

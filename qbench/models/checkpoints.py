@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from qbench.errors import QBenchError
 from qbench.models import files
-from qbench.models.bitnet.formats import BitNetFormat, Stored, check_entry, detect
+from qbench.models.bitnet.formats import BitNetFormat, Stored, check_entry, detect, once
 from qbench.models.bitnet.report import LoadReport
 from qbench.models.checks import (
     check_causal,
@@ -88,7 +88,8 @@ class Checkpoint:
         """Number of weights, from the headers of the safetensors files."""
         if self.bitnet is not None:
             return self.bitnet.parameters(self.tensors)
-        return sum(math.prod(stored.shape) for stored in self.tensors.values())
+        tied = self.config.get("tie_word_embeddings") is True
+        return sum(math.prod(stored.shape) for stored in once(self.tensors, tied).values())
 
     @cached_property
     def tensors(self) -> dict[str, Stored]:

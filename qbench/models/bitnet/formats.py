@@ -36,6 +36,7 @@ _RENAMED = (("inner_attn_ln", "attn_sub_norm"), ("ffn_layernorm", "ffn_sub_norm"
 SUB_NORMS = {"attn_sub_norm": "o_proj", "ffn_sub_norm": "down_proj"}
 """Norms of a block that a Llama has not, and the linears they feed."""
 SCALE = "weight_scale"
+_HEAD = "lm_head.weight"
 _ACTS = ("hidden_act", "activation_function", "activation", "hidden_activation")
 """Entries for the activation function: Llama's, OPT's, Falcon's and Gemma's."""
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -119,12 +120,19 @@ class BitNetFormat:
         ).normalized()
 
     def parameters(self, tensors: Mapping[str, Stored]) -> int:
-        """Number of weights: a packed byte holds four, scales are none."""
+        """Number of weights: a packed byte holds four, scales and a tied head's copy are none."""
         total = 0
-        for name, stored in tensors.items():
+        for name, stored in once(tensors, self.tied).items():
             packed = CODES_PER_BYTE if stored.dtype == "U8" else 1
             total += 0 if name.endswith(f".{SCALE}") else packed * math.prod(stored.shape)
         return total
+
+
+def once(tensors: Mapping[str, Stored], tied: bool) -> dict[str, Stored]:
+    """The tensors without an output head that is the embedding matrix and is stored beside it."""
+    head = tensors.get(_HEAD) if tied else None
+    twins = [n for n, t in tensors.items() if head and t.shape == head.shape and "embed" in n]
+    return {name: stored for name, stored in tensors.items() if not (twins and name == _HEAD)}
 
 
 def detect(
