@@ -39,7 +39,8 @@ N_CODES = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 96 * 64)
 
 
 def is_projection(name: str) -> bool:
-    return name.split(".")[-2:-1] != [] and name.split(".")[-2] in PROJECTIONS
+    """Whether a tensor is the matrix of a block's linear, and not its bias."""
+    return name.endswith(".weight") and name.split(".")[-2] in PROJECTIONS
 
 
 def random_bitnet(seed: int = 0, **changes: Any) -> PreTrainedModel:

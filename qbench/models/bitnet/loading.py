@@ -114,7 +114,12 @@ def _build(checkpoint: Checkpoint, fmt: BitNetFormat, dtype: str) -> PreTrainedM
             )
             if fmt.layout != "qbench b1":
                 _replace_linears_(checkpoint.name, model, fmt)
-    except (ValueError, TypeError, KeyError) as error:  # a configuration no model can be built of
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        ArithmeticError,
+    ) as error:  # no model can be built of it
         raise QBenchError(f"cannot load {checkpoint.name}: {first_line(error)}") from error
     return model
 
@@ -246,6 +251,8 @@ def _fill_(
         mismatched=(n for n in expected.keys() & stored.keys() if expected[n] != stored[n]),
         unexpected=stored.keys() - expected.keys(),
     )
+    scaled_first = files.fmt.is_latent or files.fmt.divides
+    biases = {} if scaled_first else {f"{name}.bias": layer for name, layer in layers.values()}
     for weight_name in (name for name in expected if name not in tied):
         if weight_name in layers and not files.fmt.is_latent:
             name, layer = layers[weight_name]
@@ -254,6 +261,9 @@ def _fill_(
             layer.freeze_(codes)
             continue
         tensor = files.read(weight_name).to(device)
+        biased = biases.get(weight_name)
+        if biased is not None:  # transformers adds the bias before it multiplies by the scale
+            tensor = tensor.float() * biased.frozen_scale
         if weight_name in layers and layers[weight_name][1].options.weights == "ternary":
             _check_latent(files.name, weight_name, tensor)
         _put_(model, weight_name, tensor.to(dtype) if tensor.is_floating_point() else tensor)

@@ -133,6 +133,9 @@ def save_packed(
         owner, _, leaf = name.rpartition(".")
         if name in _tied(model) or leaf == "frozen_scale":
             continue
+        if owner in layers and leaf == "bias":  # transformers scales it with the product
+            state[name] = tensor.detach() / layers[owner].weight_codes().scale.to(tensor)
+            continue
         if owner not in layers or leaf != "weight":
             state[name] = tensor.detach()
             continue
