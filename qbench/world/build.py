@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qbench.errors import RunFailed
 from qbench.world.facts import World
 from qbench.world.prose import documents
 from qbench.world.questions import TASKS, items
@@ -87,6 +88,10 @@ def _texts(documents: Iterable[str]) -> list[dict[str, str]]:
 
 
 def _write(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    path.write_text("".join(lines), encoding="utf-8")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(lines), encoding="utf-8")
+    except OSError as error:
+        reason = error.strerror or error
+        raise RunFailed(f"cannot write {path} ({reason}); name another folder") from error
