@@ -306,6 +306,11 @@ MISTAKES = {
     "steps: Input should be greater than 0 (got 0)": {"steps": 0},
     "clip: Input should be a finite number": {"clip": float("inf")},
     "name: String should match pattern": {"name": "../x"},
+    "unknown activation function 'sillu'; did you mean 'silu'": {
+        "shape": {**SMALL["shape"], "hidden_act": "sillu"}
+    },
+    "unknown BitLinear option 'qmx'; did you mean 'qmax'": {"bitlinear": {"qmx": 1}},
+    "a b1 model has binary weights": {"bitlinear": {"weights": "ternary"}},
     "corpus is missing": {"corpus": None},
 }
 

@@ -7,7 +7,9 @@ What the papers leave open is filled in so: BitNet names no learning rate of its
 data and settings"), so its presets train both with one. It names no sequence length either: 2048.
 Its blocks have two matrices of 4 x hidden_size where ours have three; ``intermediate_size`` is the
 nearest multiple of 8 to 8/3 x hidden_size, which makes them equally large. The tips list no FP16
-model of 3.9B, so that preset has no learning rate for one. "1M" and "256K" tokens are powers of
+model of 3.9B, so that preset has no learning rate for one. Whether input and output embeddings are
+tied (here they are), and how weights start (here from a normal distribution of standard deviation
+0.02), is said by neither. "1M" and "256K" tokens are powers of
 two, because a step is whole windows.
 
 Left out: data and tokenizer, which are the reader's own.

@@ -110,7 +110,7 @@ class Recipe(_Strict):
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     epsilon: float = Field(default=1e-8, gt=0)
     clip: float | None = Field(default=None, gt=0)
-    """Largest norm of the gradient; the papers clip none."""
+    """Largest norm of the gradient; BitNet clips none, the training tips do not say."""
     bitlinear: dict[str, Any] = {}
     """Options of the b1 twin's layers that differ from the published defaults."""
     seed: int = Field(default=0, ge=0, lt=2**32)
@@ -180,6 +180,20 @@ class Recipe(_Strict):
                 "give learning_rate, or learning_rates to train once for each of them"
             )
         self.runs()
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        """What only the models know, before a folder is claimed; loads torch only where needed."""
+        if self.shape.hidden_act != "silu":
+            from transformers.activations import ACT2FN
+
+            if self.shape.hidden_act not in ACT2FN:
+                raise unknown("activation function", self.shape.hidden_act, ACT2FN)
+        if self.bitlinear:
+            from qbench.models.bitnet.architecture import BitNetB1Config
+            from qbench.models.bitnet.layers import B1
+
+            BitNetB1Config(bitlinear=B1.to_dict() | self.bitlinear)
 
     def runs(self) -> list[TwinRun]:
         """Every training that the recipe asks for.
