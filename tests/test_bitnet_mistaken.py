@@ -8,13 +8,14 @@ from bitnet_fixtures import (
     ONLINE,
     config_of,
     is_projection,
+    microsoft,
     one_bit_llm,
     random_bitnet,
     state_of,
     ternary,
     write,
 )
-from cli_fixtures import edit_weights
+from cli_fixtures import edit_config, edit_weights
 
 from qbench.errors import QBenchError
 from qbench.models.bitnet.layers import bitlinears
@@ -74,3 +75,10 @@ def test_a_latent_matrix_of_zeros_but_for_two_values_is_one(tmp_path, value):
     folder = write(tmp_path / "m", state, config_of(model, ONLINE))
     layer = dict(bitlinears(loaded(folder)))[Q]
     assert int(layer.weight.count_nonzero()) == (2 if value else 0)
+
+
+def test_a_model_without_heads_is_one_line(tmp_path):
+    folder = microsoft(tmp_path / "ms", packed=False)
+    assert "cannot load ms: ZeroDivisionError" in refused(
+        edit_config(folder, num_attention_heads=0)
+    )
