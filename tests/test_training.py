@@ -462,3 +462,12 @@ def test_a_loss_that_is_not_finite_ends_the_training_at_its_step(material, tmp_p
 
 def test_a_learning_rate_beyond_reason_diverges_by_itself(material, tmp_path):
     assert train(material, tmp_path, learning_rate=1e30, warmup=0)["status"] == "diverged"
+
+
+def test_memory_that_the_cpu_lacks_is_one_line(material, tmp_path, monkeypatch):
+    def too_large(*given):
+        torch.empty(2**60, dtype=torch.int8)
+
+    monkeypatch.setattr(trainer, "_model", too_large)
+    with pytest.raises(RunFailed, match="fp16-t: out of memory .* set a smaller batch_size or sha"):
+        train(material, tmp_path)

@@ -184,10 +184,13 @@ def _named_failures(
     """What a machine may lack, in one line."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        lacking = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not lacking and "can't allocate memory" not in str(error):  # what the CPU's says
+            raise
         raise RunFailed(
             f"{run.name}: out of memory with {arguments.per_device_train_batch_size} windows per "
-            "pass; set a smaller batch_size"
+            "pass; set a smaller batch_size or shape"
         ) from error
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
