@@ -72,7 +72,10 @@ def pack(
     """
     first = tokenizer.bos_token_id
     if first is None:
-        raise QBenchError(f"{tokenizer.name_or_path or 'the tokenizer'} has no bos_token")
+        raise QBenchError(
+            f"{tokenizer.name_or_path or 'the tokenizer'} has no bos_token, which goes before each "
+            "document; name one in its tokenizer_config.json"
+        )
     parts = []
     stream = iter(documents)
     done = 0
