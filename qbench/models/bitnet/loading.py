@@ -263,7 +263,7 @@ def _fill_(
         tensor = files.read(weight_name).to(device)
         biased = biases.get(weight_name)
         if biased is not None:  # transformers adds the bias before it multiplies by the scale
-            tensor = tensor.float() * biased.frozen_scale
+            tensor = tensor.float() * biased.weight_codes().scale
         if weight_name in layers and layers[weight_name][1].options.weights == "ternary":
             _check_latent(files.name, weight_name, tensor)
         _put_(model, weight_name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
