@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from qbench.progress import Reporter
@@ -20,8 +22,8 @@ from qbench.study.store import Store
 from qbench.study.sweep import BaselineEntry, CalibrationEntry, Sweep
 from qbench.study.tables import table
 
-QUESTIONS = 40
-"""Of every task, unless all are asked for: 1,000 options in all, a few seconds a row."""
+QUESTIONS = 20
+"""Of every task, unless all are asked for: a few seconds a row."""
 
 
 def demo_sweep(results: Path, full: bool = False) -> Sweep:
@@ -37,7 +39,7 @@ def demo_sweep(results: Path, full: bool = False) -> Sweep:
             BaselineEntry(name="quip", schemes=weights_only),
         ],
         schemes=["W16A16"],
-        calibration=CalibrationEntry(source="world", nsamples=128, seqlen=128),
+        calibration=CalibrationEntry(source="world", nsamples=64, seqlen=128),
         tasks=["world", *WORLD_TASKS],
         data=Path("bundled:world"),
         limit=None if full else QUESTIONS,
@@ -51,16 +53,30 @@ WORLD_TASKS = [
 ]  # fmt: skip
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Matrices this small are multiplied sooner by one thread than by two that wait for another."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def demo(results: Path, full: bool = False) -> int:
     """Run the rows, print the table, draw the figure; returns the exit code."""
-    code = run_sweep(demo_sweep(results, full), Reporter())
+    with _one_thread():
+        code = run_sweep(demo_sweep(results, full), Reporter())
     store, figure = Store(results), results / "accuracy_vs_bits.png"
     print(table(store, format="terminal", width=shutil.get_terminal_size((110, 24)).columns))
     plot(store, "accuracy-vs-bits", output=figure)
     print(f"figure:   {figure}\nresults:  {results}", file=sys.stdout)
     print(
         "next:     qbench run bundled:fp16-2m --baseline gptq --scheme W3A16g64 "
-        f"--calibration world --seqlen 128 --data bundled:world --tasks world,piqa "
+        f"--calibration world --nsamples 64 --seqlen 128 --data bundled:world --tasks world,piqa "
         f"--results {results}"
     )
     return code
