@@ -257,7 +257,10 @@ def test_drawing_changes_no_global_setting(bitnet: Store, tmp_path: Path) -> Non
         ({"output": "a.jpg"}, r"must end in \.png, \.svg or \.pdf"),
         ({"output": "a.png", "kind": "accuracy"}, "did you mean.* .accuracy-vs-bits."),
         ({"output": "a.png", "x": "bits"}, "did you mean 'wbits'"),
-        ({"output": "a.png", "metric": "foo"}, "known: acc, acc_norm, acc_token, bits_per_byte, perplexity"),
+        (
+            {"output": "a.png", "metric": "foo"},
+            "known: acc, acc_norm, acc_token, bits_per_byte, perplexity",
+        ),
     ],
 )
 def test_wrong_usage_names_what_is_possible(

@@ -98,7 +98,8 @@ def _hellaswag(world: World, rng: random.Random) -> Iterator[Row]:
     """The next step of an activity, among a later one and steps of other activities.
 
     Some wrong ending shares as many words with title and context as the right one does, none is
-    told by its length, and none repeats the context: what the scene is about does not give the answer away.
+    told by its length, and none repeats the context: what the scene is about does not give the
+    answer away.
     """
     steps = lexicon.ACTIVITIES
     keys = [
