@@ -244,12 +244,12 @@ def test_lists_name_what_there_is(tiny, text, tmp_path):
     assert (
         qbench("list", "runs", "--results", tmp_path).stdout == "tiny  W16A16  none  ok  text.txt\n"
     )
-    assert qbench("list", "checkpoints", "--results", tmp_path).stdout.startswith("tiny  ")
+    listed = qbench("list", "checkpoints", "--results", tmp_path).stdout.splitlines()
+    assert {line.split()[0] for line in listed} > {"tiny", "bundled:fp16-2m", "bundled:b1-0.5m"}
 
 
-@pytest.mark.parametrize("kind", ["runs", "checkpoints"])
-def test_a_list_of_what_was_never_stored_says_so(tmp_path, kind):
-    message = refused("list", kind, "--results", tmp_path / "none")
+def test_a_list_of_what_was_never_stored_says_so(tmp_path):
+    message = refused("list", "runs", "--results", tmp_path / "none")
     assert message.startswith(f"no results under {tmp_path / 'none'}")
 
 
