@@ -361,7 +361,20 @@ def _check_architecture(checkpoint: Checkpoint) -> None:
 
 
 def _check_quantization(checkpoint: Checkpoint) -> None:
-    """Refuse what is quantized already, but for BitNet checkpoints, which were trained so."""
+    """Refuse what is quantized already, but for BitNet checkpoints, which were trained so.
+
+    Also a model class of a checkpoint's own code: transformers would run it as another model.
+    """
+    own = (checkpoint.config.get("auto_map") or {}).get("AutoModelForCausalLM")
+    if own and checkpoint.bitnet is None:
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        name = str(own).rpartition(".")[2]
+        if name.lower() not in map(str.lower, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
+            raise QBenchError(
+                f"{checkpoint.name} is a {name} of its own code, which is not run; as a plain "
+                f"{checkpoint.config.get('model_type')} it would be another model"
+            )
     quantized = checkpoint.config.get("quantization_config") or {}
     if quantized and checkpoint.bitnet is None:
         raise QBenchError(

@@ -200,7 +200,9 @@ def describe(record: QuantizationRecord | TaskRecord) -> str:
         fallback = f", {record.fallbacks} layers rounded to nearest" if record.fallbacks else ""
         bits = f"{record.effective_bits:.2f} bits per weight" if record.effective_bits else ""
         if record.trained:
-            return f"{len(record.layers)} matrices as trained, {bits}{seconds}"
+            kept = sum(Scheme.parse(layer.scheme).is_identity for layer in record.layers)
+            left = f", {kept} kept at 16 bits" if kept else ""
+            return f"{len(record.layers) - kept} matrices as trained{left}, {bits}{seconds}"
         return f"quantized {len(record.layers)} matrices, {bits}{fallback}{seconds}"
     key = record.key
     shots = f", {key.num_fewshot}-shot" if key.num_fewshot else ""

@@ -163,7 +163,7 @@ def detect(
         return read.b1()
     if model_type == "bitnet":
         return read.without_quantization_config()
-    if {"weight_bits", "input_bits"} <= set(config) or "BitnetForCausalLM" in named:
+    if {"weight_bits", "input_bits"} & set(config) or "bitnetforcausallm" in map(str.lower, named):
         return read.one_bit_llm()
     read.refuse_codes_without_meaning()
     return None
