@@ -46,14 +46,14 @@ def test_own_code_for_a_class_that_transformers_has_is_ignored(llama):
 
 
 def test_linears_kept_in_full_precision_count_sixteen_bits(tmp_path):
-    """Two of 14 ternary: the row does not claim 1.59 bits for the whole."""
+    """Eight of 14 ternary: the row does not claim 1.59 bits for the whole."""
     model = random_bitnet()
-    keep = ["lm_head", "mlp", "k_proj", "v_proj", "o_proj"]
+    keep = ["lm_head", "k_proj", "v_proj", "o_proj"]
     config = config_of(model, {**ONLINE, "modules_to_not_convert": keep})
     checkpoint = find_checkpoint(str(write(tmp_path / "part", state_of(model), config)))
     reports = layer_reports(checkpoint.load_model(), checkpoint.trained_scheme)
     trained = [r for r in reports if r.relative_error is None]
-    assert len(reports) == 14 and {r.name.split(".")[-1] for r in trained} == {"q_proj"}
+    assert len(reports) == 14 and len(trained) == 8
     for report in reports:
         weights = report.shape[0] * report.shape[1]
         kept = report not in trained
