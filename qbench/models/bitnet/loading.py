@@ -114,12 +114,7 @@ def _build(checkpoint: Checkpoint, fmt: BitNetFormat, dtype: str) -> PreTrainedM
             )
             if fmt.layout != "qbench b1":
                 _replace_linears_(checkpoint.name, model, fmt)
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        ArithmeticError,
-    ) as error:  # no model can be built of it
+    except (ValueError, TypeError, KeyError, ArithmeticError) as error:  # no model is made of it
         raise QBenchError(f"cannot load {checkpoint.name}: {first_line(error)}") from error
     return model
 
