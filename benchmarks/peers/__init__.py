@@ -1,0 +1,1 @@
+"""The peers' side of each comparison."""

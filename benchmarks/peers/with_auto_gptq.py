@@ -1,0 +1,91 @@
+"""GPTQ over a whole Llama with auto-gptq's inner classes, block by block, as a plain script would.
+
+The order is that of the reference's ``llama.py`` without options: every linear of a block collects
+its own hessian in one pass over the calibration windows, all are rounded, and a second pass gives
+the next block's inputs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class _Stop(Exception):
+    """Ends a forward pass once the first block's inputs are seen."""
+
+
+class _Catcher(nn.Module):
+    """Stands in front of the first block and keeps what it is called with."""
+
+    def __init__(self, block: nn.Module, seen: list[Tensor], arguments: dict[str, Any]) -> None:
+        super().__init__()
+        self.block, self.seen, self.arguments = block, seen, arguments
+
+    def forward(self, hidden: Tensor, **arguments: Any) -> Tensor:
+        """Keep the input and stop."""
+        self.seen.append(hidden)
+        self.arguments.update(arguments)
+        raise _Stop
+
+
+def first_inputs(model: Any, windows: Tensor) -> tuple[list[Tensor], dict[str, Any]]:
+    """What enters the first block for each window, and the arguments all windows share."""
+    layers, seen, arguments = model.model.layers, [], {}
+    layers[0] = _Catcher(layers[0], seen, arguments)
+    for window in windows:
+        with contextlib.suppress(_Stop):
+            model(window[None], use_cache=False)
+    layers[0] = layers[0].block
+    return seen, arguments
+
+
+@torch.no_grad()
+def quantize(
+    model: Any, windows: Tensor, classes: tuple[Any, Any], bits: int = 4, group_size: int = 128
+) -> None:
+    """Round every linear of the decoder blocks in place.
+
+    Args:
+        model: a Llama of transformers in eval mode.
+        windows: token ids (nsamples, seqlen).
+        classes: auto-gptq's GPTQ and Quantizer.
+        bits: of the weights, asymmetric.
+        group_size: columns that share a scale; -1 is the whole row.
+    """
+    solver_class, quantizer_class = classes
+    inputs, arguments = first_inputs(model, windows)
+    for block in model.model.layers:
+        linears = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+        solvers = {name: solver_class(linear) for name, linear in linears.items()}
+        handles = []
+        for name, linear in linears.items():
+            solver = solvers[name]
+            solver.quantizer = quantizer_class()
+            solver.quantizer.configure(bits, perchannel=True, sym=False, mse=False)
+            hook = _adder(solver)
+            handles.append(linear.register_forward_hook(hook))
+        for hidden in inputs:
+            block(hidden, **arguments)
+        for handle in handles:
+            handle.remove()
+        for solver in solvers.values():
+            with contextlib.redirect_stdout(io.StringIO()):
+                solver.fasterquant(percdamp=0.01, group_size=group_size)
+            solver.free()
+        inputs = [_tensor(block(hidden, **arguments)) for hidden in inputs]
+
+
+def _adder(solver: Any) -> Any:
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        solver.add_batch(args[0].data, output.data)
+
+    return hook
+
+
+def _tensor(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
