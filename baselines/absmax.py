@@ -24,6 +24,8 @@ class Absmax(Baseline):
     """Round to nearest on a symmetric grid scaled by the absolute maximum."""
 
     is_random: ClassVar[bool] = False
+    rows_are_independent: ClassVar[bool] = True
+    weights_ignore_activations: ClassVar[bool] = True
     activation_granularity: ClassVar[str] = "tensor"
 
     def default_grid(self, scheme: Scheme) -> str:

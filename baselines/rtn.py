@@ -18,6 +18,8 @@ class RTN(Baseline):
     """Round every weight to the nearest code of its row."""
 
     is_random: ClassVar[bool] = False
+    rows_are_independent: ClassVar[bool] = True
+    weights_ignore_activations: ClassVar[bool] = True
 
     mse: bool = False
     """Shrink each row's range to the one of least rounding error."""

@@ -40,6 +40,8 @@ class SmoothQuant(Baseline):
     """Absmax after smoothing; per output channel and per token as in the released code."""
 
     is_random: ClassVar[bool] = False
+    rows_are_independent: ClassVar[bool] = True
+    weights_ignore_activations: ClassVar[bool] = True
     transform_statistics: ClassVar[tuple[str, ...]] = ("absmax",)
     calibrate_on: ClassVar[str] = "full_precision"
 

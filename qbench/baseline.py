@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 class TransformContext:
     """What a baseline sees of one block before its weights are rounded.
 
-    ``inputs`` and ``reference_outputs`` are lists over calibration batches; a method that needs
-    neither never touches them.
+    ``inputs`` and ``reference_outputs`` are sequences over calibration batches, worked out when they
+    are looked into; a method that needs neither never touches them.
     """
 
     block: Block
@@ -40,9 +40,9 @@ class TransformContext:
     scheme: Scheme
     stats: Mapping[str, Statistics]
     """Per linear, the statistics named in ``transform_statistics``."""
-    inputs: list[Tensor]
+    inputs: Sequence[Tensor]
     """Hidden states entering the block, (sequences, tokens, hidden) each."""
-    reference_outputs: list[Tensor]
+    reference_outputs: Sequence[Tensor]
     """What the block made of ``inputs`` before this call, same shapes."""
     generator: torch.Generator
     report: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
@@ -77,6 +77,13 @@ class Baseline(ABC):
     """Whether ``transform`` leaves the full-precision block's outputs as they were."""
     on_grid: ClassVar[bool] = True
     """Whether the returned weight lies on the grid in the original basis (False: another basis)."""
+
+    rows_are_independent: ClassVar[bool] = False
+    """Whether a row is rounded alike whatever other rows the matrix has, at scales per row or
+    group: linears that read one input then come as one matrix."""
+    weights_ignore_activations: ClassVar[bool] = False
+    """Whether ``transform`` and ``quantize_weight`` never look at the activation side of the
+    scheme: cells that differ only there then share their weights."""
 
     def default_grid(self, scheme: Scheme) -> str:
         """Which grid ``auto`` means at this width."""

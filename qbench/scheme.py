@@ -210,6 +210,14 @@ class Scheme:
                 )
         return cls(**values)  # type: ignore[arg-type]
 
+    @property
+    def weights_only(self) -> Scheme:
+        """The same weights with activations, keys and values left at 16 bits."""
+        overrides = tuple((pattern, inner.weights_only) for pattern, inner in self.overrides)
+        return replace(
+            self, abits=16, kvbits=16, bmm=False, static=False, overrides=overrides
+        ).normalized()
+
     def normalized(self) -> Scheme:
         """The same meaning with every field that has no effect set back to its default.
 

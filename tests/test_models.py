@@ -20,7 +20,7 @@ from qbench.models.blocks import find_blocks, trace_block
 from qbench.models.linear import Linear, attach
 from qbench.models.norms import NormFold
 from qbench.quantization.calibration import capture
-from qbench.quantization.quantize import use_eager_experts
+from qbench.quantization.passes import use_eager_experts_
 from qbench.testing import ARCHITECTURES, tiny_model, tiny_windows
 
 
@@ -117,7 +117,7 @@ EXPECTED = {
 
 
 def traced(model, windows=None, number=0):
-    use_eager_experts(model)
+    use_eager_experts_(model)
     with torch.no_grad():
         captured = capture(model, tiny_windows(2, 16) if windows is None else windows)
         hidden = captured.hidden
@@ -300,7 +300,7 @@ def test_experts_that_are_called_without_a_token_share_nothing_either():
 
 
 def test_a_linear_used_twice_stands_alone_and_sees_both_inputs(odd):
-    from qbench.quantization.quantize import collect
+    from qbench.quantization.passes import collect
 
     model, windows = odd_model(), odd_windows()
     seen = []

@@ -16,7 +16,7 @@ from qbench.quantization.factorize import (
     lower_cholesky,
 )
 from qbench.quantization.observers import Observer
-from qbench.quantization.quantize import collect
+from qbench.quantization.passes import collect
 from qbench.testing import tiny_model, tiny_windows
 
 ALL = ("hessian", "absmax", "mean_abs")

@@ -54,6 +54,14 @@ class Block:
         """The block's output for hidden states (sequences, tokens, hidden) of a captured batch."""
         return self.runner(hidden, index)
 
+    def release(self) -> None:
+        """Let go of the captured arguments: the block is not going to be replayed any more."""
+        self.runner = _released
+
+
+def _released(hidden: Tensor, index: int) -> Tensor:
+    raise RuntimeError("this block was released and cannot be replayed")
+
 
 def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The decoder blocks with their names, first to last.
@@ -104,6 +112,7 @@ class _Recorder:
 
     def product(self, linear: Linear, x: Tensor, transposed: bool) -> None:
         linear.transposed = transposed
+        linear.sees_sequences = x.ndim == 3
         self.products.append((linear, x, self.stack[-1] if self.stack else ""))
 
     def saw_attention(self, sdpa: bool) -> None:

@@ -35,6 +35,8 @@ class Linear:
     """Index into a three-dimensional parameter, None for an ordinary matrix."""
     transposed: bool = False
     """Whether the parameter is stored (in_features, out_features)."""
+    sees_sequences: bool = False
+    """Whether its input was seen as (sequences, tokens, in_features), not flattened or routed."""
 
     @property
     def has_module(self) -> bool:

@@ -12,7 +12,9 @@ and value projections instead, as SmoothQuant's code does.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from qbench.errors import QBenchError
 from qbench.grid import Affine, default_activation_grid, get_grid
 from qbench.models.blocks import Block
-from qbench.models.linear import Linear, attach
+from qbench.models.linear import Handle, Linear, attach
 from qbench.quantization.observers import Observer
 from qbench.scheme import Scheme
 
@@ -71,33 +73,88 @@ class ActivationQuantizer:
             static = get_grid(scheme.agrid).fit(observed.reshape(1, -1), scheme.abits)
         return cls(scheme.abits, scheme.agrid, scheme.a_granularity, static)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """A rounded copy of ``x`` in its own dtype."""
+    def __call__(self, x: Tensor, per_sequence: bool = False) -> Tensor:
+        """A rounded copy of ``x`` in its own dtype.
+
+        With ``per_sequence`` a scale "per tensor" is taken over each of the sequences of
+        (sequences, tokens, channels), as if each had come alone.
+        """
         grid = get_grid(self.grid)
         if self.static is not None:
             affine = Affine(*(part.to(x.device) for part in self.static))
             values = x.float()
             return grid.decode(grid.encode(values, affine, self.bits), affine).to(x.dtype)
         if self.granularity == "tensor":
+            if per_sequence and x.ndim == 3:
+                return grid.fake_quantize(x.flatten(1), self.bits).reshape(x.shape)
             return grid.fake_quantize(x.reshape(1, -1), self.bits).reshape(x.shape)
         return grid.fake_quantize(x, self.bits)
+
+
+@dataclass
+class Switch:
+    """What all activation quantizers of one model obey."""
+
+    on: bool = True
+    per_sequence: bool = False
+
+
+_SWITCH = "_qbench_activations"
+"""Attribute of a model whose activations are quantized."""
+
+
+def switch_of(model: nn.Module) -> Switch:
+    """The switch of a model's activation quantizers, made where there is none yet."""
+    if not hasattr(model, _SWITCH):
+        setattr(model, _SWITCH, Switch())
+    found: Switch = getattr(model, _SWITCH)
+    return found
+
+
+@contextmanager
+def activations_off(model: nn.Module) -> Iterator[None]:
+    """While active, the model computes with quantized weights and untouched activations."""
+    switch = switch_of(model)
+    before, switch.on = switch.on, False
+    try:
+        yield
+    finally:
+        switch.on = before
+
+
+@contextmanager
+def scales_per_sequence(model: nn.Module) -> Iterator[None]:
+    """While active, scales "per tensor" are taken over each sequence of a batch alone.
+
+    Sequences of one length can then share a batch and get what each would get alone.
+    """
+    switch = switch_of(model)
+    before, switch.per_sequence = switch.per_sequence, True
+    try:
+        yield
+    finally:
+        switch.per_sequence = before
 
 
 @dataclass
 class _InputHook:
     quantizers: dict[str, ActivationQuantizer]
     """Per linear name."""
+    switch: Switch
 
-    def __call__(self, linear: Linear, x: Tensor) -> Tensor:
-        return self.quantizers[linear.name](x)
+    def __call__(self, linear: Linear, x: Tensor) -> Tensor | None:
+        if not self.switch.on:
+            return None
+        return self.quantizers[linear.name](x, self.switch.per_sequence)
 
 
 @dataclass
 class _OutputHook:
     quantizer: ActivationQuantizer
+    switch: Switch
 
-    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return self.quantizer(output)
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        return self.quantizer(output, self.switch.per_sequence) if self.switch.on else None
 
 
 class _RoundKeysAndValues(TorchFunctionMode):
@@ -124,17 +181,19 @@ class _RoundKeysAndValues(TorchFunctionMode):
 class _AttentionHook:
     """Hooks that keep a mode active while an attention module runs."""
 
-    def __init__(self, quantizer: ActivationQuantizer) -> None:
-        self.quantizer = quantizer
+    def __init__(self, quantizer: ActivationQuantizer, switch: Switch) -> None:
+        self.quantizer, self.switch = quantizer, switch
         self.modes: list[TorchFunctionMode] = []
 
     def before(self, module: nn.Module, args: Any) -> None:
-        mode = _RoundKeysAndValues(self.quantizer)
-        mode.__enter__()
-        self.modes.append(mode)
+        if self.switch.on:
+            mode = _RoundKeysAndValues(self.quantizer)
+            mode.__enter__()
+            self.modes.append(mode)
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.modes.pop().__exit__(None, None, None)
+        if self.modes:
+            self.modes.pop().__exit__(None, None, None)
 
 
 def check_activations(block: Block, scheme: Scheme) -> None:
@@ -154,7 +213,21 @@ def check_activations(block: Block, scheme: Scheme) -> None:
         )
 
 
-def quantize_activations(block: Block, scheme: Scheme, ranges: dict[str, Tensor]) -> list[str]:
+@dataclass
+class Attached:
+    """The activation quantizers of one block."""
+
+    notes: list[str] = field(default_factory=list)
+    """For the record."""
+    handles: list[Handle] = field(default_factory=list)
+    """Each undoes one hook."""
+    sees_sequences: bool = True
+    """Whether every quantized input is (sequences, tokens, channels)."""
+
+
+def quantize_activations(
+    block: Block, scheme: Scheme, ranges: dict[str, Tensor], switch: Switch
+) -> Attached:
     """Attach the activation quantizers of one block; nothing else is changed.
 
     Args:
@@ -162,31 +235,34 @@ def quantize_activations(block: Block, scheme: Scheme, ranges: dict[str, Tensor]
         scheme: resolved, of the whole model (overrides are looked up per linear).
         ranges: for static scales, the observed (min, max) per linear name. One that is missing
             (an expert that no calibration token reached) leaves scales per token.
-
-    Returns:
-        Notes for the record.
+        switch: of the model (:func:`switch_of`).
     """
-    quantizers, notes = {}, []
-    for name in block.linears:
+    attached, quantizers = Attached(), {}
+    for name, linear in block.linears.items():
         own = scheme.for_linear(f"{block.name}.{name}")
         if own.needs_static_scales and name not in ranges:
             own = replace(own, static=False, a_granularity="token")
-            notes.append(f"{block.name}.{name}: no calibration token reached it, scales per token")
+            attached.notes.append(
+                f"{block.name}.{name}: no calibration token reached it, scales per token"
+            )
         if own.abits < 16:
             quantizers[name] = ActivationQuantizer.of(own, ranges.get(name))
+            attached.sees_sequences &= linear.sees_sequences
     if quantizers:
-        attach([block.linears[name] for name in quantizers], _InputHook(quantizers))
+        hook = _InputHook(quantizers, switch)
+        attached.handles += attach([block.linears[name] for name in quantizers], hook)
     if scheme.bmm:
         dynamic = ActivationQuantizer(
             scheme.abits, scheme.agrid, "tensor" if scheme.static else scheme.a_granularity
         )
         for name in block.attention_inputs:
-            hook = _OutputHook(dynamic)
-            block.linears[name].module.register_forward_hook(hook)
+            module = block.linears[name].module
+            attached.handles.append(module.register_forward_hook(_OutputHook(dynamic, switch)))
     if scheme.kvbits < 16 and block.attention is not None:
         offered = get_grid(scheme.agrid).offers(scheme.kvbits)
         agrid = scheme.agrid if offered else default_activation_grid(scheme.kvbits)
-        pair = _AttentionHook(ActivationQuantizer(scheme.kvbits, agrid, "token"))
-        block.attention.register_forward_pre_hook(pair.before)
-        block.attention.register_forward_hook(pair.after, always_call=True)
-    return notes
+        pair = _AttentionHook(ActivationQuantizer(scheme.kvbits, agrid, "token"), switch)
+        attention = block.attention
+        attached.handles.append(attention.register_forward_pre_hook(pair.before))
+        attached.handles.append(attention.register_forward_hook(pair.after, always_call=True))
+    return attached

@@ -238,7 +238,7 @@ def check_transform_preserves_the_function(baseline: Baseline) -> None:
 
 def _transform_only(baseline: Baseline, model: torch.nn.Module, windows: Tensor) -> None:
     from qbench.baseline import TransformContext
-    from qbench.quantization.quantize import collect
+    from qbench.quantization.passes import collect
 
     generator = torch.Generator().manual_seed(1)
     baseline.prepare(model, generator)

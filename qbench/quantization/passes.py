@@ -1,0 +1,195 @@
+"""What the calibration text does in the full-precision model, worked out once for all cells.
+
+A :class:`Calibration` is bound to one pristine model. It keeps the capture of its blocks, and for
+methods that calibrate on full precision the statistics of every block; what would be too large to
+keep for every block (activations, hessians) is replayed from the pristine model when a later cell
+asks for it. The hessians of the first block, which no quantized block precedes, are kept for every
+method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+
+from qbench.models.blocks import Block, find_blocks
+from qbench.models.linear import Linear
+from qbench.models.streaming import resident, stream_of
+from qbench.quantization.calibration import Captured, capture, observing
+from qbench.quantization.observers import Observer, Statistics
+
+BATCH_TOKENS = 2048
+"""Calibration windows shorter than this run through a block together."""
+Wanted = tuple[str | type[Observer], ...]
+
+
+class Calibration:
+    """Token windows in one full-precision model.
+
+    Args:
+        model: pristine, and left so where ``keep`` is set; in eval mode.
+        windows: (nsamples, seqlen).
+        keep: whether other cells are to come, so that statistics are worth keeping.
+    """
+
+    def __init__(self, model: nn.Module, windows: Tensor, keep: bool = True) -> None:
+        self.model, self.windows, self.keep = model, windows, keep
+        self._kept: dict[tuple[int, Wanted], dict[str, Statistics]] = {}
+        self._samples: dict[int, Tensor] = {}
+        self._number = 0
+        self._entering: list[Tensor] | None = None
+        self._leaving: list[Tensor] | None = None
+
+    @cached_property
+    def captured(self) -> Captured:
+        """What enters the first block, and every other argument of every block."""
+        with torch.no_grad(), eager_experts(self.model):
+            found = capture(self.model, self.windows, max(1, BATCH_TOKENS // self.windows.shape[1]))
+        if stream := stream_of(self.model):
+            found.hidden = [stream.spill(hidden) for hidden in found.hidden]
+        return found
+
+    def sample(self, number: int) -> Tensor:
+        """The first batch that enters a block."""
+        known = self._samples.get(number)
+        return self.entering(number)[0] if known is None else known
+
+    def entering(self, number: int) -> list[Tensor]:
+        """What enters a block, per batch."""
+        if self._entering is None or number < self._number:
+            self._number, self._entering = 0, self.captured.hidden
+            self._leaving = None
+        while self._number < number:
+            if self._leaving is None:
+                self._leaving = self._replay(self._number, self._entering)
+            self._number, self._entering, self._leaving = self._number + 1, self._leaving, None
+            if self.keep:
+                self._samples[self._number] = self._entering[0]
+        return self._entering
+
+    def leaving(self, number: int) -> list[Tensor]:
+        """What leaves a block, per batch."""
+        entering = self.entering(number)
+        if self._leaving is None:
+            self._leaving = self._replay(number, entering)
+        return self._leaving
+
+    def statistics(
+        self, number: int, block: Block, wanted: Wanted, advance: bool = True
+    ) -> dict[str, Statistics]:
+        """Statistics of every linear of a block that nothing has changed yet.
+
+        Args:
+            number: of the block.
+            block: traced, with its weights as they were loaded.
+            wanted: names or classes of observers.
+            advance: whether what leaves the block is going to be asked for.
+        """
+        known = self._kept.get((number, wanted))
+        if known is not None:
+            return dict(known)
+        entering = self.entering(number)
+        stats, leaving = collect(block, list(block.linears), wanted, entering)
+        self._leaving = leaving if advance else None
+        if self.keep and (number == 0 or _are_vectors(stats, wanted)):
+            self._kept[number, wanted] = dict(stats)
+        return stats
+
+    def _replay(self, number: int, entering: list[Tensor]) -> list[Tensor]:
+        name, module = find_blocks(self.model)[number]
+        run = self.captured.runner(name, module)
+        with torch.no_grad(), eager_experts(self.model), resident(self.model, name):
+            return replay(self.model, run, entering)
+
+
+def replay(
+    model: nn.Module, run: Callable[[Tensor, int], Tensor], entering: Sequence[Tensor]
+) -> list[Tensor]:
+    """What a block makes of every batch; a streamed model's activations go to disk if large."""
+    stream = stream_of(model)
+    outputs = (run(hidden, index) for index, hidden in enumerate(entering))
+    return [output if stream is None else stream.spill(output) for output in outputs]
+
+
+class Lazy(Sequence[Tensor]):
+    """A list of batches that is worked out when it is first looked into."""
+
+    def __init__(self, make: Callable[[], Sequence[Tensor]]) -> None:
+        self._make = make
+
+    @cached_property
+    def _batches(self) -> Sequence[Tensor]:
+        return self._make()
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Tensor]: ...
+    def __getitem__(self, index: Any) -> Any:
+        return self._batches[index]
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+
+def collect(
+    block: Block, names: list[str], wanted: Wanted, hidden: Sequence[Tensor]
+) -> tuple[dict[str, Statistics], list[Tensor]]:
+    """Run the block over all batches and observe what enters the named linears.
+
+    Returns:
+        Statistics per name, one object for linears that read the same tensor; and the outputs.
+    """
+    chosen = set(names)
+    stats: dict[str, Statistics] = {}
+    leaders: dict[str, Statistics] = {}
+    for group in block.input_groups:
+        members = [name for name in group if name in chosen]
+        if members:
+            shared = Statistics(wanted)
+            leaders[members[0]] = shared
+            stats |= dict.fromkeys(members, shared)
+    outputs: list[Tensor] = []
+
+    def see(linear: Linear, x: Tensor) -> None:
+        leaders[linear.name].update(x, n_sequences=len(hidden[len(outputs)]))
+
+    with observing([block.linears[name] for name in leaders], see):
+        for index, entering in enumerate(hidden):
+            outputs.append(block.run(entering, index))
+    return stats, outputs
+
+
+@contextmanager
+def eager_experts(model: nn.Module) -> Iterator[None]:
+    """While active, fused experts run one product each, where each input can be seen."""
+    config: Any = getattr(model, "config", None)
+    before = getattr(config, "_experts_implementation", None)
+    use_eager_experts_(model)
+    try:
+        yield
+    finally:
+        if getattr(config, "_experts_implementation", None) != before:
+            model.set_experts_implementation(before)  # type: ignore[operator]
+
+
+def use_eager_experts_(model: nn.Module) -> None:
+    """Switch fused experts, if any, in place, to one product per expert."""
+    fused = any(p.ndim == 3 for _, block in find_blocks(model) for p in block.parameters())
+    switch: Any = getattr(model, "set_experts_implementation", None)
+    if fused and switch is not None:
+        switch("eager")
+
+
+def _are_vectors(stats: dict[str, Statistics], wanted: Wanted) -> bool:
+    results = (one[_name(kind)] for one in stats.values() for kind in wanted)
+    return all(value is None or value.ndim <= 1 for value in results)
+
+
+def _name(kind: str | type[Observer]) -> str:
+    return kind if isinstance(kind, str) else kind.name
