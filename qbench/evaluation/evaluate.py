@@ -15,7 +15,7 @@ from qbench.evaluation.tasks import (
     TaskResult,
     TaskSpec,
 )
-from qbench.quantization.quantize import quantized_scheme
+from qbench.quantization.outcome import batching_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -66,7 +66,7 @@ def evaluate(
     num_fewshot: int = 0,
     limit: int | None = None,
     progress: Progress | None = None,
-    one_row_at_a_time: bool | None = None,
+    batching: str | None = None,
     **options: Any,
 ) -> dict[str, TaskResult]:
     """Measure a model in memory.
@@ -78,8 +78,9 @@ def evaluate(
         num_fewshot: of tasks given as text that are not perplexities.
         limit: of tasks given as text.
         progress: called with tokens done and tokens in all of a task.
-        one_row_at_a_time: for models with dynamic per-tensor activation scales; None asks the
-            scheme that :func:`qbench.quantize_model` left on the model.
+        batching: how rows share a batch, a key of :data:`qbench.evaluation.tasks.BATCHING`; None
+            asks what :func:`qbench.quantize_model` left on the model, else shares what rows have
+            in common.
         **options: fields of :class:`~qbench.evaluation.tasks.EvaluationOptions`.
 
     Returns:
@@ -88,9 +89,7 @@ def evaluate(
     from dataclasses import replace
 
     chosen = EvaluationOptions(**options)
-    if one_row_at_a_time is None:
-        scheme = quantized_scheme(model)
-        one_row_at_a_time = scheme is not None and scheme.depends_on_batch
+    batching = batching or batching_of(model)
     results = {}
     for task in [tasks] if isinstance(tasks, str) else tasks:
         if isinstance(task, str):
@@ -99,5 +98,5 @@ def evaluate(
         else:
             spec = task
         prepared = prepare_task(spec, tokenizer, context_length(model.config), chosen)
-        results[str(spec)] = prepared.run(model, progress, one_row_at_a_time)
+        results[str(spec)] = prepared.run(model, progress, batching)
     return results
