@@ -202,8 +202,9 @@ def test_one_row_at_a_time_gives_every_row_its_own_forward(model, tokenizer, mon
 
     monkeypatch.setattr(model, "forward", forward)
     prepared = prepare("arc_easy", tokenizer)
-    result = prepared.run(model, one_row_at_a_time=True)
-    assert [height for height, _ in shapes] == [1] * len(prepared.rows)
+    result = prepared.run(model, batching="one row")
+    distinct = {tuple(row.tokens[:-1]) for rows in prepared.rows for row in rows}
+    assert [height for height, _ in shapes] == [1] * len(distinct)
     assert result.details["batching"] == "one row"
 
 
@@ -333,16 +334,20 @@ def test_scoring_nothing_is_nothing(model):
     assert score_rows(model, []) == []
 
 
-def test_a_model_quantized_with_scales_per_batch_is_evaluated_one_row_at_a_time(tokenizer):
+def test_rows_of_a_model_with_scales_per_tensor_get_what_each_gets_alone(tokenizer):
     """Dynamic per-tensor activation scales depend on the batch; the model says how it was made."""
     model = tiny_model()
     quantize_model(model, "absmax", "W8A4")
     options = {"data_dir": DATA, "limit": 4}
     result = evaluate(model, tokenizer, "arc_easy", **options)["arc_easy"]
-    alone = evaluate(model, tokenizer, "arc_easy", one_row_at_a_time=True, **options)["arc_easy"]
-    assert result.details["batching"] == "one row"
-    np.testing.assert_array_equal(result.items["loglikelihood"], alone.items["loglikelihood"])
+    alone = evaluate(model, tokenizer, "arc_easy", batching="one row", **options)["arc_easy"]
+    assert result.details["batching"] == "equal length"
+    assert alone.details["batching"] == "one row"
+    found, expected = (r.items["loglikelihood"] for r in (result, alone))
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    padded = evaluate(model, tokenizer, "arc_easy", batching="padded", **options)["arc_easy"]
+    assert abs(padded.items["loglikelihood"] - expected).max() > 1e-2
     per_token = tiny_model()
     quantize_model(per_token, "rtn", "W8A4")
     batched = evaluate(per_token, tokenizer, "arc_easy", **options)["arc_easy"]
-    assert batched.details["batching"] == "by length"
+    assert batched.details["batching"] == "shared"

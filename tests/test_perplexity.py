@@ -12,7 +12,8 @@ import torch
 from qbench.errors import QBenchError
 from qbench.evaluation import estimates
 from qbench.evaluation.evaluate import evaluate, prepare_task
-from qbench.evaluation.scoring import Row, score_rows
+from qbench.evaluation.packing import Row
+from qbench.evaluation.scoring import score_rows
 from qbench.evaluation.tasks import EvaluationOptions, Protocol, TaskSpec
 from qbench.testing import ARCHITECTURES, tiny_model, tiny_tokenizer
 
@@ -237,7 +238,7 @@ def test_scores_do_not_depend_on_the_batch(architecture):
         tokens = torch.randint(3, 512, (length,), generator=generator).tolist()
         rows.append(Row(tokens, n_scored))
     together = score_rows(model, rows, batch_tokens=10_000)
-    alone = score_rows(model, rows, one_row_at_a_time=True)
+    alone = score_rows(model, rows, batching="one row")
     for row, one, other in zip(rows, together, alone, strict=True):
         expected = -brute(model, row.tokens, row.n_scored) if row.n_scored else 0.0
         assert one.loglikelihood == pytest.approx(expected, abs=1e-4)
@@ -256,10 +257,8 @@ def test_no_batch_is_larger_than_the_budget_and_none_is_left_out(model, monkeypa
 
     monkeypatch.setattr(model, "forward", forward)
     seen = []
-    rows = [Row(list(range(3, 3 + n)), 1) for n in (5, 30, 8, 12, 3, 6)]
-    score_rows(
-        model, rows, batch_tokens=24, progress=lambda done, total: seen.append((done, total))
-    )
+    rows = [Row(list(range(3 * n, 4 * n)), 1) for n in (5, 30, 8, 12, 3, 6)]
+    score_rows(model, rows, 24, "padded", progress=lambda done, total: seen.append((done, total)))
     assert all(height * width <= 24 or height == 1 for height, width in shapes)
     assert sum(height for height, _ in shapes) == len(rows)
     assert seen[-1] == (64, 64)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from qbench.errors import QBenchError
 from qbench.evaluation.corpora import encode
-from qbench.evaluation.scoring import Row
+from qbench.evaluation.packing import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

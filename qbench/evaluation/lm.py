@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lm_eval.models.huggingface import HFLM
 
 from qbench.evaluation.encoding import Encoder, Pair, pair_rows, prefix_token, rolling_rows
-from qbench.evaluation.scoring import Row, Score, score_rows
+from qbench.evaluation.packing import PackedRows, Row
+from qbench.evaluation.scoring import Score, score
 from qbench.evaluation.tasks import Progress
 
 if TYPE_CHECKING:
@@ -36,8 +37,8 @@ class QBenchLM(HFLM):
         tokenizer: PreTrainedTokenizerBase,
         max_length: int,
         encoding: str = "joint+bos",
-        batch_tokens: int = 2048,
-        one_row_at_a_time: bool = False,
+        batch_tokens: int | None = None,
+        batching: str | None = None,
         progress: Progress | None = None,
     ) -> None:
         # HFLM gives a tokenizer without a padding token one: work on a copy then
@@ -55,20 +56,14 @@ class QBenchLM(HFLM):
             )
         self.encoder = Encoder(own, encoding)
         self.batch_tokens = batch_tokens
-        self.one_row_at_a_time = one_row_at_a_time
+        self.batching = batching
         self.progress = progress
 
     def score(self, requests: Sequence[Sequence[Row]]) -> list[Score]:
         """Score requests of one or more rows each."""
-        flat = [row for rows in requests for row in rows]
-        found = iter(
-            score_rows(self.model, flat, self.batch_tokens, self.one_row_at_a_time, self.progress)
-        )
-        parts = [[next(found) for _ in rows] for rows in requests]
-        return [
-            Score(sum(s.loglikelihood for s in part), all(s.is_greedy for s in part))
-            for part in parts
-        ]
+        packed = PackedRows([row for rows in requests for row in rows])
+        scored = score(self.model, packed, self.batch_tokens, self.batching, self.progress)
+        return per_request(scored.scores, requests)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         pair = self.encoder.pair(context, continuation)
@@ -100,6 +95,15 @@ class QBenchLM(HFLM):
     def rolling(self, text: str) -> list[Row]:
         """The rows of a rolling log-likelihood."""
         return text_rows(self.tokenizer, text, self.max_length)
+
+
+def per_request(scores: Iterable[Score], requests: Iterable[Sequence[Row]]) -> list[Score]:
+    """Scores of requests of one or more rows each, from those of the rows."""
+    found = iter(scores)
+    parts = [[next(found) for _ in rows] for rows in requests]
+    return [
+        Score(sum(s.loglikelihood for s in part), all(s.is_greedy for s in part)) for part in parts
+    ]
 
 
 def text_rows(tokenizer: PreTrainedTokenizerBase, text: str, max_length: int) -> list[Row]:

@@ -29,7 +29,8 @@ from qbench.evaluation.corpora import Corpus, draw_windows, encode, load_corpus,
 from qbench.evaluation.data import hash_json
 from qbench.evaluation.encoding import prefix_token, rolling_rows
 from qbench.evaluation.estimates import exponential, ratio
-from qbench.evaluation.scoring import Row, score_rows
+from qbench.evaluation.packing import PackedRows, Row
+from qbench.evaluation.scoring import score
 from qbench.evaluation.tasks import (
     B158,
     DEFAULT_LENGTH,
@@ -44,6 +45,8 @@ from qbench.record import Metric
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from qbench.evaluation.sharing import Sharing
 
 VERSION = 1
 """Raised when a protocol gives other numbers; part of every key."""
@@ -80,6 +83,7 @@ class PerplexityTask(PreparedTask):
         self.spec = spec
         self.protocol = protocol
         self.parts = parts
+        self.rows = PackedRows([window.row for part in parts for window in part.windows])
         self.options = options
         self.key_fields: dict[str, Any] = {
             "task": parts[0].corpus.name if len(parts) == 1 else spec.name,
@@ -98,20 +102,16 @@ class PerplexityTask(PreparedTask):
         self,
         model: PreTrainedModel,
         progress: Progress | None = None,
-        one_row_at_a_time: bool = False,
+        batching: str | None = None,
+        sharing: Sharing | None = None,
     ) -> TaskResult:
-        """Score every window of every part."""
+        """Score every window of every part; windows have nothing to share."""
         windows = [window for part in self.parts for window in part.windows]
-        scores = score_rows(
-            model,
-            [window.row for window in windows],
-            self.options.batch_tokens,
-            one_row_at_a_time,
-            progress,
-        )
+        batching = "padded" if batching in (None, "shared") else batching
+        scored = score(model, self.rows, self.options.batch_tokens, batching, progress)
         items = {
             "window": np.concatenate([np.arange(len(part.windows)) for part in self.parts]),
-            "nll": np.array([-score.loglikelihood for score in scores]),
+            "nll": np.array([-own.loglikelihood for own in scored.scores]),
             "n_tokens": np.array([window.row.n_scored for window in windows]),
             "n_bytes": np.array([window.n_bytes for window in windows]),
         }
@@ -132,7 +132,7 @@ class PerplexityTask(PreparedTask):
                 "n_tokens": int(items["n_tokens"].sum()),
                 "n_bytes": int(items["n_bytes"].sum()),
                 "sources": {part.corpus.name: part.corpus.source for part in self.parts},
-                "batching": "one row" if one_row_at_a_time else "by length",
+                **scored.details,
             },
             items=items,
         )

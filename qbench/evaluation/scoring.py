@@ -1,37 +1,38 @@
-"""Log-likelihoods of token rows under a causal language model, in deterministic batches.
+"""Log-likelihoods of token rows under a causal language model.
 
-The one place where an evaluation runs a model. Rows are sorted by length, filled into batches under
-a token budget and padded on the right, which no causal model sees; log-probabilities are taken in
-float32 whatever the model's dtype (bfloat16 turns half of PIQA into ties), sums in float64.
+Rows become batches (:mod:`~.packing`), batches logits (:mod:`~.forward`), and logits scores here:
+log-probabilities in float32 whatever the model's dtype (bfloat16 turns half of PIQA into ties),
+sums in float64. Where memory is lacking the budget is halved and the batch repeated.
 
-Left out: reuse of a shared context between rows, and lm-eval's one-token cache, which hands a row
-the logits of another one.
+Left out: lm-eval's one-token cache, which hands a row the logits of another one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import gc
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
-from qbench.evaluation.tasks import Progress
+from qbench.errors import RunFailed, unknown
+from qbench.evaluation.forward import Forward, forward_of
+from qbench.evaluation.packing import Batch, PackedRows, Row
+from qbench.evaluation.sharing import Sharing, sharing_of
+from qbench.evaluation.tasks import BATCHING, Progress
+from qbench.quantization.activations import scales_per_sequence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_LOGITS_AT_ONCE = 1 << 24
-"""Most logits turned into float32 at a time (64 MiB)."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """Tokens of which the last ``n_scored`` are scored, each given all before it."""
-
-    tokens: Sequence[int]
-    n_scored: int
+CPU_TOKENS = 512
+"""Default budget on a CPU: matrices are large enough to run at full speed, and fit its caches."""
+GPU_TOKENS = 16_384
+"""Default budget on a GPU with memory enough."""
+_LACKING = ("not enough memory", "can't allocate memory", "out of memory")
 
 
 @dataclass(frozen=True)
@@ -43,103 +44,167 @@ class Score:
     """Whether every scored token is the model's first choice."""
 
 
+@dataclass
+class Scored:
+    """Scores of rows, in their order, and how they were taken."""
+
+    scores: list[Score]
+    details: dict[str, Any] = field(default_factory=dict)
+    """``batching``, ``sharing`` (where it was asked for), ``batch_tokens``, ``oom_halvings``."""
+
+
 def score_rows(
     model: PreTrainedModel,
     rows: Sequence[Row],
-    batch_tokens: int = 2048,
-    one_row_at_a_time: bool = False,
+    batch_tokens: int | None = None,
+    batching: str | None = None,
     progress: Progress | None = None,
+    forward: Forward | None = None,
 ) -> list[Score]:
-    """Score every row; the result does not depend on how rows are batched.
+    """Score every row; the result does not depend on how rows are batched."""
+    return score(model, PackedRows(rows), batch_tokens, batching, progress, forward=forward).scores
 
-    With ``one_row_at_a_time`` each row is a batch, and the output head sees every position of it:
-    for models whose activation scales are taken over all the head or a linear is given.
+
+def score(
+    model: PreTrainedModel,
+    rows: PackedRows,
+    batch_tokens: int | None = None,
+    batching: str | None = None,
+    progress: Progress | None = None,
+    sharing: Sharing | None = None,
+    forward: Forward | None = None,
+) -> Scored:
+    """Score rows that may have been packed before.
+
+    Args:
+        model: in eval mode, on any device.
+        rows: to be scored.
+        batch_tokens: budget of a batch, padding included; None takes what suits the device.
+        batching: a key of ``BATCHING``; None is "shared". Where sharing is not exact on this model
+            "shared" becomes "padded".
+        progress: called with tokens done and tokens in all.
+        sharing: what is known of the model; None tests it.
+        forward: what runs batches; None is the model's own (:mod:`~.forward`).
+
+    Raises:
+        RunFailed: when one row alone does not fit into memory.
     """
-    scores = [Score(0.0, True)] * len(rows)
-    wanted = [i for i, row in enumerate(rows) if row.n_scored > 0]
-    total = sum(len(rows[i].tokens) for i in wanted)
-    done = 0
-    with torch.inference_mode():
-        for batch in _batches(rows, wanted, 1 if one_row_at_a_time else batch_tokens):
-            chosen = [rows[i] for i in batch]
-            for i, score in zip(batch, _score_batch(model, chosen, one_row_at_a_time), strict=True):
-                scores[i] = score
-            done += sum(len(row.tokens) for row in chosen)
-            if progress is not None:
-                progress(done, total)
-    return scores
+    policy = batching or "shared"
+    if policy not in BATCHING:
+        raise unknown("batching", policy, BATCHING)
+    budget = batch_tokens or default_tokens(model)
+    run = forward or forward_of(model)
+    details: dict[str, Any] = {}
+    alone = scales_per_sequence(model) if policy == "equal length" else nullcontext()
+    with torch.inference_mode(), alone:
+        if policy == "shared" and rows.are_shared(budget):
+            sharing = sharing_of(model, rows, sharing, run)
+            details["sharing"] = sharing.reason
+            policy = "shared" if sharing.exact else "padded"
+        scores, budget, halvings = _score(model, rows, policy, budget, run, progress)
+    details |= {"batching": policy, "batch_tokens": budget, "oom_halvings": halvings}
+    return Scored(scores, details)
 
 
-def _batches(rows: Sequence[Row], wanted: list[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Row numbers, longest rows first, as many at a time as the budget holds but at least one."""
-    order = sorted(wanted, key=lambda i: (-len(rows[i].tokens), i))
-    start = 0
-    while start < len(order):
-        width = len(rows[order[start]].tokens) - 1
-        size = max(1, batch_tokens // max(1, width))
-        yield order[start : start + size]
-        start += size
+def default_tokens(model: PreTrainedModel) -> int:
+    """A budget that suits the device: on a GPU what a quarter of its free memory holds."""
+    if model.device.type != "cuda":
+        return CPU_TOKENS
+    config = model.config.get_text_config()
+    free, _ = torch.cuda.mem_get_info(model.device)
+    # per token about two score rows of a tree, some twenty vectors of the block and their masks
+    per_token = 64 * int(getattr(config, "hidden_size", 4096))
+    return max(CPU_TOKENS, min(GPU_TOKENS, free // 4 // per_token))
 
 
-def _score_batch(model: PreTrainedModel, rows: list[Row], whole_head: bool) -> list[Score]:
-    width = len(rows[0].tokens) - 1
-    ids = torch.zeros((len(rows), width), dtype=torch.long)
-    places, targets = [], []
-    for i, row in enumerate(rows):
-        n = len(row.tokens) - 1
-        ids[i, :n] = torch.tensor(row.tokens[:-1])
-        places.append(torch.arange(n - row.n_scored, n) + i * width)
-        targets.append(torch.tensor(row.tokens[n + 1 - row.n_scored :]))
-    device = model.device
-    position = torch.cat(places).to(device)
-    target = torch.cat(targets).to(device)
-    with _only(model, position, skip=whole_head) as selected:
-        logits = model(input_ids=ids.to(device), use_cache=False).logits
-    vocabulary = logits.shape[-1]
-    logits = logits.reshape(-1, vocabulary)
-    if not selected:
-        logits = logits[position.to(logits.device)]
-    loglikelihood, greedy = _log_probabilities(logits, target.to(logits.device))
-    sizes = [row.n_scored for row in rows]
-    return [
-        Score(float(part.double().sum()), bool(first.all()))
-        for part, first in zip(loglikelihood.split(sizes), greedy.split(sizes), strict=True)
-    ]
+def _score(
+    model: PreTrainedModel,
+    rows: PackedRows,
+    policy: str,
+    budget: int,
+    run: Forward,
+    progress: Progress | None,
+) -> tuple[list[Score], int, int]:
+    """Scores of all rows, the last budget, and how often it was halved."""
+    scores = [Score(0.0, True)] * len(rows.rows)
+    left = rows.batches(policy, budget)
+    total = sum(len(rows.rows[i].tokens) for i in rows.wanted)
+    done = halvings = 0
+    while left:
+        finished = 0
+        try:
+            for batch, parts in zip(left, run(model, iter(left)), strict=True):
+                found = row_scores(batch, *token_scores(batch, parts))
+                for i, own in found.items():
+                    scores[i] = own
+                finished += 1
+                done += sum(len(rows.rows[i].tokens) for i in batch.rows)
+                if progress is not None:
+                    progress(done, total)
+            break
+        except (RuntimeError, MemoryError) as error:
+            if not lacks_memory(error):
+                raise
+            failed = left[finished]
+            if failed.is_one_row:
+                raise _too_large(failed, model) from None
+        # outside the handler: the traceback keeps the tensors of the failed batch
+        halvings += 1
+        budget = max(1, min(budget, failed.ids.numel()) // 2)
+        _free()
+        left = rows.batches(policy, budget, [i for batch in left[finished:] for i in batch.rows])
+    return scores, budget, halvings
 
 
-def _log_probabilities(
-    logits: torch.Tensor, target: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of each target and whether it is the most likely token, on the CPU."""
-    step = max(1, _LOGITS_AT_ONCE // logits.shape[-1])
+def token_scores(batch: Batch, parts: Iterable[torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probability of each scored token and whether it is the most likely one.
+
+    Returns:
+        float64 and bool, (scored tokens of the batch,), in the order of ``batch.owner``.
+    """
     values, greedy = [], []
-    for part, wanted in zip(logits.split(step), target.split(step), strict=True):
-        log_probability = torch.log_softmax(part.float(), dim=-1)
-        values.append(log_probability.gather(1, wanted[:, None])[:, 0])
-        greedy.append(part.argmax(dim=-1) == wanted)
-    return torch.cat(values).cpu(), torch.cat(greedy).cpu()
+    done = 0
+    for logits in parts:
+        stop = done + len(logits)
+        own = slice(*np.searchsorted(batch.place.numpy(), (done, stop)))
+        place = (batch.place[own] - done).to(logits.device)
+        target = batch.target[own].to(logits.device)
+        total = torch.logsumexp(logits.float(), dim=-1)
+        values.append(logits[place, target].float() - total[place])
+        greedy.append(logits.argmax(dim=-1)[place] == target)
+        done = stop
+    if done != len(batch.wanted):
+        raise ValueError(f"the forward gave {done} rows of logits for {len(batch.wanted)} places")
+    return torch.cat(values).cpu().double().numpy(), torch.cat(greedy).cpu().numpy()
 
 
-@contextmanager
-def _only(model: PreTrainedModel, position: torch.Tensor, skip: bool) -> Iterator[list[bool]]:
-    """Give the output head only the scored positions; the list yielded is empty if that failed.
+def row_scores(batch: Batch, values: np.ndarray, greedy: np.ndarray) -> dict[int, Score]:
+    """Row -> score, from those of its tokens."""
+    order = np.argsort(batch.owner, kind="stable")
+    owners, starts = np.unique(batch.owner[order], return_index=True)
+    sums = np.add.reduceat(values[order], starts)
+    firsts = np.logical_and.reduceat(greedy[order], starts)
+    return {
+        int(i): Score(float(total), bool(first))
+        for i, total, first in zip(owners, sums, firsts, strict=True)
+    }
 
-    Between a third and none of the work of a small model is its head. Whatever the model does to
-    logits afterwards (scaling, soft caps) works on any shape.
-    """
-    head: Any = model.get_output_embeddings()
-    selected: list[bool] = []
-    if skip or head is None:
-        yield selected
-        return
 
-    def keep(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        hidden = inputs[0]
-        selected.append(True)
-        return hidden.reshape(-1, hidden.shape[-1])[position.to(hidden.device)][None]
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error says that memory is lacking; the CPU's allocator has no class of its own."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return any(words in str(error) for words in _LACKING)
 
-    handle = head.register_forward_pre_hook(keep)
-    try:
-        yield selected
-    finally:
-        handle.remove()
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _too_large(batch: Batch, model: PreTrainedModel) -> RunFailed:
+    return RunFailed(
+        f"one row of {batch.ids.shape[1]} tokens does not fit into the memory of {model.device}; "
+        "lower --max-length, or use a smaller dtype or a larger device"
+    )

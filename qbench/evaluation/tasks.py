@@ -22,11 +22,20 @@ from qbench.record import Metric
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from qbench.evaluation.sharing import Sharing
+
 ENCODINGS = {
     "joint+bos": "context and continuation encoded together, the tokenizer's own BOS in front",
     "joint": "context and continuation encoded together, no BOS (lm-eval 0.4.0 to 0.4.9.1)",
     "lmeval03": "stripped and encoded apart (the b1.58 authors' adaptor of lm-eval 0.3.0)",
 }
+BATCHING = {
+    "shared": "rows that begin alike run as one tree, where that is exact; else padded",
+    "padded": "rows of similar length together, filled up on the right",
+    "equal length": "rows of one length together, unpadded; scales per tensor see one row each",
+    "one row": "every row by itself, the output head on all of it",
+}
+"""How rows share a batch; the first one is the default."""
 PROTOCOLS = {
     "gptq": "documents joined, non-overlapping windows, mean over windows (GPTQ, QuIP)",
     "documents": "each document alone from BOS, cut at the window, mean over tokens",
@@ -124,8 +133,8 @@ class EvaluationOptions:
     """Context in tokens; None is the model's own. Questions may go past it, windows never do."""
     encoding: str = "joint+bos"
     """How a context and its continuation become tokens; a key of ``ENCODINGS``."""
-    batch_tokens: int = 2048
-    """Most tokens in a batch, padding included."""
+    batch_tokens: int | None = None
+    """Most tokens in a batch, padding included; None takes what suits the device."""
     seed: int = 1234
     """Draws the few-shot examples (lm-eval's own default)."""
 
@@ -138,7 +147,7 @@ class EvaluationOptions:
             )
         if self.max_length is not None and self.max_length < 2:
             raise QBenchError(f"max_length {self.max_length} is too short; give at least 2 tokens")
-        if self.batch_tokens < 1:
+        if self.batch_tokens is not None and self.batch_tokens < 1:
             raise QBenchError(f"a batch of {self.batch_tokens} tokens is empty; give at least 1")
 
 
@@ -166,16 +175,25 @@ class PreparedTask(ABC):
         self,
         model: PreTrainedModel,
         progress: Progress | None = None,
-        one_row_at_a_time: bool = False,
+        batching: str | None = None,
+        sharing: Sharing | None = None,
     ) -> TaskResult:
         """Measure a model.
 
         Args:
             model: on any device, in eval mode.
             progress: called with tokens done and tokens in all.
-            one_row_at_a_time: for models whose activation scales depend on what else is in the
-                batch (:attr:`qbench.scheme.Scheme.depends_on_batch`).
+            batching: a key of ``BATCHING``; models whose activation scales depend on what else is
+                in the batch need another one than None (:func:`qbench.evaluation.evaluate`).
+            sharing: what :meth:`test_sharing` found on the same checkpoint; None tests.
         """
+
+    def test_sharing(self, model: PreTrainedModel) -> Sharing | None:
+        """Whether rows of this task may share their beginning on a model.
+
+        A sweep asks once per checkpoint, before it copies the model. None where nothing is shared.
+        """
+        return None
 
 
 def known_tasks() -> dict[str, str]:

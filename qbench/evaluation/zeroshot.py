@@ -27,8 +27,10 @@ from qbench.evaluation import estimates
 from qbench.evaluation.data import Rows, hash_json
 from qbench.evaluation.definitions import load_splits, pinned_tasks, read_definition, task_splits
 from qbench.evaluation.encoding import Encoder, pair_rows
-from qbench.evaluation.lm import QBenchLM, quiet, text_rows
-from qbench.evaluation.scoring import Row
+from qbench.evaluation.lm import QBenchLM, per_request, quiet, text_rows
+from qbench.evaluation.packing import PackedRows, Row
+from qbench.evaluation.scoring import score
+from qbench.evaluation.sharing import Sharing, test_sharing
 from qbench.evaluation.tasks import (
     DEFAULT_LENGTH,
     EvaluationOptions,
@@ -89,6 +91,7 @@ class ZeroShotTask(PreparedTask):
         self.counts = {"truncated": 0, "windowed": 0, "spanning": 0}
         if task.OUTPUT_TYPE in _SCORED:
             self._encode()
+        self.packed = PackedRows([row for rows in self.rows for row in rows])
 
     def _encode(self) -> None:
         encoder = Encoder(self.tokenizer, self.options.encoding)
@@ -108,30 +111,23 @@ class ZeroShotTask(PreparedTask):
         self,
         model: PreTrainedModel,
         progress: Progress | None = None,
-        one_row_at_a_time: bool = False,
+        batching: str | None = None,
+        sharing: Sharing | None = None,
     ) -> TaskResult:
         """Score every option, then let lm-eval say what is right."""
-        options = self.options
-        lm = QBenchLM(
-            model,
-            self.tokenizer,
-            self.max_length,
-            options.encoding,
-            options.batch_tokens,
-            one_row_at_a_time,
-            progress,
-        )
-        details = {
-            **self.counts,
-            "sources": self.sources,
-            "batching": "one row" if one_row_at_a_time else "by length",
-        }
+        details: dict[str, Any] = {**self.counts, "sources": self.sources}
         if self.task.OUTPUT_TYPE not in _SCORED:
+            lm = QBenchLM(model, self.tokenizer, self.max_length, self.options.encoding)
             return TaskResult(self._generated(lm), len(self.questions), details)
-        scores = lm.score(self.rows)
+        scored = score(model, self.packed, self.options.batch_tokens, batching, progress, sharing)
+        scores, details = per_request(scored.scores, self.rows), details | scored.details
         items = self._items([s.loglikelihood for s in scores], [s.is_greedy for s in scores])
         details["n_tokens"] = int(items["n_tokens"].sum())
         return TaskResult(self._metrics(items), len(self.questions), details, items)
+
+    def test_sharing(self, model: PreTrainedModel) -> Sharing | None:
+        """Whether rows of this task may share their beginning on a model."""
+        return test_sharing(model, self.packed) if self.packed.wanted else None
 
     def _items(self, loglikelihood: list[float], greedy: list[bool]) -> dict[str, np.ndarray]:
         columns: dict[str, list[Any]] = defaultdict(list)
