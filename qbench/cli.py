@@ -111,6 +111,9 @@ def run(
     latent: Annotated[
         bool, typer.Option("--latent", help="A BitNet's latent weights, as an ordinary model.")
     ] = False,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="One decoder block in memory at a time.")
+    ] = False,
 ) -> None:
     """Quantize one checkpoint with one baseline and measure it."""
     from qbench.evaluation.tasks import EvaluationOptions
@@ -129,6 +132,7 @@ def run(
         dtype=dtype,
         device=device,
         retry_failed=retry_failed,
+        stream=stream,
     )
     chosen = commands.Run(checkpoint, baseline, tuple(set_), scheme, save, allow_pickle, latent)
     sys.exit(commands.run(chosen, settings, results))

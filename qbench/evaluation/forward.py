@@ -4,7 +4,7 @@ The output head is given those places alone, whatever the architecture does with
 afterwards (scaling, soft caps), and never more of them than make ``LOGITS_AT_ONCE`` logits: where
 there are more, the body runs once and what follows it runs again for every part.
 
-Left out: a model whose blocks are on disk, which brings a forward of its own (``FORWARD``).
+Left out: a model whose blocks are on disk (:mod:`qbench.evaluation.streamed`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qbench.evaluation.packing import Batch
+from qbench.models.streaming import stream_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,16 +28,17 @@ at ``batch.wanted``. The parts of a batch are used up before the next batch is a
 read all batches before it gives the first. ``batch.inputs(device, dtype)`` is what the model is to
 be called with; it makes masks, so it may be called again rather than kept. Memory that is lacking
 is raised as torch raises it; then the forward is called again with smaller batches."""
-FORWARD = "_qbench_forward"
-"""Attribute of a model that has such a function of its own."""
 LOGITS_AT_ONCE = 1 << 24
 """Most logits at a time (64 MiB in float32)."""
 
 
 def forward_of(model: PreTrainedModel) -> Forward:
-    """The model's own forward, or the one for models in memory."""
-    own: Forward | None = getattr(model, FORWARD, None)
-    return own or logits_of
+    """The forward for models in memory, or the one for models whose blocks are on disk."""
+    if stream_of(model) is None:
+        return logits_of
+    from qbench.evaluation.streamed import streamed_logits
+
+    return streamed_logits
 
 
 def logits_of(model: PreTrainedModel, batches: Iterable[Batch]) -> Iterator[Iterable[torch.Tensor]]:

@@ -83,6 +83,15 @@ class Checkpoint:
                 digest.update(files.sha256(path))
         return digest.hexdigest()
 
+    @cached_property
+    def tokenizer_fingerprint(self) -> str:
+        """SHA-256 over the tokenizer's files."""
+        digest = hashlib.sha256()
+        for path in (self.folder / name for name in _TOKENIZER_FILES):
+            if path.is_file():
+                digest.update(path.name.encode() + files.sha256(path))
+        return digest.hexdigest()
+
     @property
     def parameters(self) -> int:
         """Number of weights, from the headers of the safetensors files."""

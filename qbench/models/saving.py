@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qbench.errors import QBenchError, RunFailed
+from qbench.models.streaming import save_streamed, stream_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -85,7 +86,10 @@ def save_checkpoint(
             "ordinary checkpoint cannot hold; nothing was saved"
         )
     with writing(folder) as partial:
-        model.save_pretrained(partial)
+        if stream_of(model) is None:
+            model.save_pretrained(partial)
+        else:
+            save_streamed(model, partial)
         tokenizer.save_pretrained(partial)
         write_record(record, partial)
 

@@ -221,6 +221,42 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
         raise
 
 
+def save_streamed(model: PreTrainedModel, folder: Path) -> None:
+    """Write a streamed model as an ordinary sharded checkpoint, a block at a time.
+
+    Raises:
+        RunFailed: if it cannot be written.
+    """
+    names = [name for name, _ in find_blocks(model)]
+    inside = tuple(f"{name}." for name in names)
+    shards = [
+        f"model-{i + 1:05d}-of-{len(names) + 1:05d}.safetensors" for i in range(len(names) + 1)
+    ]
+    weight_map: dict[str, str] = {}
+    size = 0
+
+    def write(shard: str, tensors: dict[str, Tensor]) -> None:
+        nonlocal size
+        write_tensors(folder / shard, tensors, {})
+        weight_map.update(dict.fromkeys(tensors, shard))
+        size += sum(tensor.nbytes for tensor in tensors.values())
+
+    outside: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in model.state_dict().items():
+        if not name.startswith(inside):  # of tied ones the first; loading ties them again
+            outside.setdefault(tensor.data_ptr(), (name, tensor))
+    write(shards[0], dict(outside.values()))
+    for shard, (name, module) in zip(shards[1:], find_blocks(model), strict=True):
+        with resident(model, name):
+            state = module.state_dict()
+            write(shard, {f"{name}.{key}": value.contiguous() for key, value in state.items()})
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    model.config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+
+
 def why_not_streamed(checkpoint: Checkpoint) -> str | None:
     """One sentence why a checkpoint cannot be streamed, judged by its files; None if it can."""
     if checkpoint.pickled:

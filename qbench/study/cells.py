@@ -22,6 +22,8 @@ class Settings:
     dtype: str = "float32"
     device: str = "cpu"
     retry_failed: bool = False
+    stream: bool = False
+    """Keep decoder blocks on disk and bring them in one at a time."""
 
 
 @dataclass(frozen=True)

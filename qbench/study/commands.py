@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qbench.errors import QBenchError, RunFailed
+from qbench.evaluation.tasks import PreparedTask
 from qbench.models.checkpoints import Checkpoint, find_checkpoint
 from qbench.models.checks import check_device, check_dtype
 from qbench.models.files import data_folder
@@ -16,7 +17,7 @@ from qbench.record import QuantizationRecord, TaskRecord
 from qbench.registry import load_baseline
 from qbench.scheme import Scheme
 from qbench.study.cells import Cell, CellPlan, Settings
-from qbench.study.runner import Workbench
+from qbench.study.runner import PreparedKey, Workbench
 from qbench.study.store import Store
 from qbench.study.sweep import Sweep
 
@@ -123,11 +124,13 @@ def run_sweep(
     store = Store(asked.results)
     if not dry_run:
         store.check_writable()
+    prepared: dict[PreparedKey, PreparedTask] = {}
     benches = [
         Workbench(
             find_checkpoint(entry.path, allow_pickle=allow_pickle, latent=entry.latent),
             settings,
             store,
+            prepared,
         )
         for entry in asked.checkpoint_entries()
     ]

@@ -7,7 +7,6 @@ a failure is stored with its error and repeated only on request.
 
 from __future__ import annotations
 
-import copy
 import fnmatch
 import time
 from collections.abc import Iterator, Sequence
@@ -19,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 from qbench.errors import QBenchError, RunFailed
 from qbench.evaluation.corpora import is_text_path
 from qbench.evaluation.tasks import PreparedTask, TaskSpec
-from qbench.models.bitnet.trained import layer_reports
 from qbench.models.checkpoints import Checkpoint
 from qbench.progress import Reporter
-from qbench.quantization.quantize import Quantization, needs_calibration, quantize_model
+from qbench.quantization.outcome import Quantization, batching_of
+from qbench.quantization.quantize import needs_calibration
 from qbench.record import (
     BaselineSpec,
     CalibrationSpec,
@@ -37,19 +36,29 @@ from qbench.scheme import Scheme
 from qbench.study.cells import Cell, CellPlan, Settings
 from qbench.study.environment import environment, peak_memory
 from qbench.study.store import Store
+from qbench.study.supply import Supply, supply_of
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+PreparedKey = tuple[str, int | None, TaskSpec]
+"""Tokenizer, context and task: what the tokens of a task depend on, in one run or sweep."""
+
+
 class Workbench:
     """Everything one process needs to run the cells of one checkpoint."""
 
-    def __init__(self, checkpoint: Checkpoint, settings: Settings, store: Store) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        settings: Settings,
+        store: Store,
+        prepared: dict[PreparedKey, PreparedTask] | None = None,
+    ) -> None:
         self.checkpoint, self.settings, self.store = checkpoint, settings, store
-        self._prepared: dict[TaskSpec, PreparedTask] = {}
-        self._unloadable: QBenchError | None = None
+        self._prepared = {} if prepared is None else prepared
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -57,15 +66,9 @@ class Workbench:
         return self.checkpoint.load_tokenizer()
 
     @cached_property
-    def model(self) -> PreTrainedModel:
-        """The model in full precision, never changed; one that cannot be is tried once."""
-        if self._unloadable is not None:
-            raise self._unloadable
-        try:
-            return self.checkpoint.load_model(self.settings.dtype, self.settings.device)
-        except QBenchError as error:
-            self._unloadable = error
-            raise
+    def supply(self) -> Supply:
+        """Where the cells' models come from."""
+        return supply_of(self.checkpoint, self.settings)
 
     def cell(self, asked: Cell) -> Cell:
         """What a cell is on this checkpoint: a BitNet left alone is at the scheme of its training.
@@ -83,10 +86,9 @@ class Workbench:
         return [self.cell(Cell(load_baseline("none"), Scheme()))]
 
     def release(self) -> None:
-        """Let go of the model and the tokenized data: another checkpoint needs the memory."""
-        for name in ("model", "calibration"):
-            self.__dict__.pop(name, None)
-        self._prepared.clear()
+        """Let go of the model and the calibration text: another checkpoint needs the memory."""
+        self.supply.release()
+        self.__dict__.pop("calibration", None)
 
     @cached_property
     def context(self) -> int | None:
@@ -114,13 +116,14 @@ class Workbench:
         return windows, spec
 
     def prepared(self, spec: TaskSpec) -> PreparedTask:
-        """A task, loaded and tokenized once."""
+        """A task, loaded and tokenized once for all checkpoints with the same tokenizer."""
         from qbench.evaluation.evaluate import prepare_task
 
-        if spec not in self._prepared:
+        key = (self.checkpoint.tokenizer_fingerprint, self.context, spec)
+        if key not in self._prepared:
             options = self.settings.options
-            self._prepared[spec] = prepare_task(spec, self.tokenizer, self.context, options)
-        return self._prepared[spec]
+            self._prepared[key] = prepare_task(spec, self.tokenizer, self.context, options)
+        return self._prepared[key]
 
     def why_not(self, cell: Cell) -> str | None:
         """One sentence why this checkpoint cannot be quantized so, or None."""
@@ -222,30 +225,29 @@ class Workbench:
         yield record
         if save is not None:
             self._save(model, record, save)
+        failed = False
         for spec in plan.pending:
-            yield self._measure(plan, spec, model, reporter)
+            measured = self._measure(plan, spec, model, reporter)
+            failed |= measured.status == "failed"
+            yield measured
+        if not failed:
+            self.supply.done(self.store.folder(self.checkpoint.name, plan.key))
 
     def _quantize(
         self, plan: CellPlan, reporter: Reporter
     ) -> tuple[PreTrainedModel, QuantizationRecord] | QuantizationRecord:
-        cell, key, device = plan.cell, plan.key, self.settings.device
-        windows = self.calibration[0] if key.calibration else None
+        cell, key = plan.cell, plan.key
+        windows = (lambda: self.calibration[0]) if key.calibration else None
         started = time.perf_counter()
-        model = self.model
-        with peak_memory(device) as peak, reporter.step(f"quantize {cell}") as progress:
+        folder = self.store.folder(self.checkpoint.name, key)
+        with (
+            peak_memory(self.settings.device) as peak,
+            reporter.step(f"quantize {cell}") as progress,
+        ):
             try:
-                if cell.trained:
-                    result = Quantization(cell.scheme, layer_reports(model, cell.scheme))
-                else:
-                    model = model if cell.changes_nothing else copy.deepcopy(model)
-                    result = quantize_model(
-                        model,
-                        cell.baseline.instance,
-                        cell.scheme,
-                        windows,
-                        seed=self.settings.seed,
-                        progress=lambda done, total, _: progress(done, total),
-                    )
+                model, result = self.supply.model_of(
+                    cell, windows, folder, lambda done, total, _: progress(done, total)
+                )
             except Exception as error:
                 if isinstance(error, QBenchError) and not isinstance(error, RunFailed):
                     raise
@@ -267,8 +269,8 @@ class Workbench:
     ) -> QuantizationRecord:
         layers: list[LayerReport] = result.layers if result else []
         notes = [*self.checkpoint.load_report, *(result.notes if result else [])]
-        if plan.cell.scheme.depends_on_batch:
-            notes.append("activation scales per input tensor: evaluated one unpadded row at a time")
+        if result and result.batching:
+            notes.append(_BATCHING_NOTES[result.batching])
         return QuantizationRecord(
             key=plan.key,
             checkpoint=self.checkpoint.name,
@@ -286,7 +288,11 @@ class Workbench:
         )
 
     def _measure(
-        self, plan: CellPlan, spec: TaskSpec, model: PreTrainedModel, reporter: Reporter
+        self,
+        plan: CellPlan,
+        spec: TaskSpec,
+        model: PreTrainedModel,
+        reporter: Reporter,
     ) -> TaskRecord:
         """Run one task and store it; a failure is stored too."""
         task = self.prepared(spec)
@@ -298,7 +304,7 @@ class Workbench:
             reporter.step(f"{key.task} of {plan.cell}") as progress,
         ):
             try:
-                result = task.run(model, progress, plan.cell.scheme.depends_on_batch)
+                result = task.run(model, progress, batching_of(model))
             except Exception as error:
                 record.status, record.error = "failed", _describe(error)
             else:
@@ -318,6 +324,13 @@ class Workbench:
             save_trained(self.checkpoint, model, self.tokenizer, folder, record)
         else:
             save_checkpoint(model, self.tokenizer, record, folder)
+
+
+_BATCHING_NOTES = {
+    "equal length": "activation scales per input tensor: taken over each row alone, "
+    "rows of one length evaluated together",
+    "one row": "activation scales per input tensor: evaluated one unpadded row at a time",
+}
 
 
 def _describe(error: BaseException) -> str:

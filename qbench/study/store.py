@@ -88,8 +88,7 @@ class Store:
         Raises:
             RunFailed: if it cannot be written; an earlier record is then still whole.
         """
-        found = self._find_folder(record.checkpoint, record.key)
-        folder = found[0] if found else self._new_folder(record.checkpoint, record.key)
+        folder = self.folder(record.checkpoint, record.key)
         return _write_json(folder / "quantization.json", record)
 
     def save_task(
@@ -182,6 +181,11 @@ class Store:
                 f"cannot write results under {self.root} ({_reason(error)} at {folder}); "
                 "make it writable or name another folder with --results"
             ) from error
+
+    def folder(self, checkpoint: str, key: QuantizationKey) -> Path:
+        """Where the record with this key is, or is going to be."""
+        found = self._find_folder(checkpoint, key)
+        return found[0] if found else self._new_folder(checkpoint, key)
 
     def _find_folder(
         self, checkpoint: str, key: QuantizationKey

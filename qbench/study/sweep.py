@@ -15,6 +15,7 @@ with ``latent: true`` its latent weights are quantized as an ordinary model's.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,8 @@ class Sweep(_Strict):
     device: str = "cpu"
     dtype: str = "float32"
     seed: int = 0
+    stream: bool = False
+    """Keep decoder blocks on disk and bring them in one at a time."""
 
     @classmethod
     def read(cls, path: Path) -> Sweep:
@@ -152,7 +155,7 @@ class Sweep(_Strict):
                 "this sweep has no cell: a method at 16 bits is the model itself; "
                 "add the baseline none, or schemes below 16 bits"
             )
-        return list(cells.values())
+        return together(cells.values())
 
     def settings(self, retry_failed: bool = False) -> Settings:
         """What every cell shares."""
@@ -167,7 +170,17 @@ class Sweep(_Strict):
             dtype=self.dtype,
             device=self.device,
             retry_failed=retry_failed,
+            stream=self.stream,
         )
+
+
+def together(cells: Iterable[Cell]) -> list[Cell]:
+    """The same cells, those with the same quantized weights one after the other."""
+    groups: dict[tuple[str, str], list[Cell]] = {}
+    for cell in cells:
+        key = (cell.baseline.spec.digest(), str(cell.scheme.weights_only))
+        groups.setdefault(key, []).append(cell)
+    return [cell for group in groups.values() for cell in group]
 
 
 def keeps_weights(baseline: LoadedBaseline) -> bool:

@@ -1,0 +1,195 @@
+"""Quantized models for the cells of one checkpoint: in memory, or streamed from disk.
+
+In memory a pristine model is kept and copied, the calibration text goes through it once, and cells
+that differ only in the bits of activations share one quantized copy. Streamed, a cell's quantized
+blocks lie in a work folder until all its tasks are measured, so that a killed run goes on at the
+block it had reached.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qbench.errors import QBenchError
+from qbench.models.bitnet.trained import layer_reports
+from qbench.models.checkpoints import Checkpoint
+from qbench.quantization.outcome import Quantization
+from qbench.quantization.quantize import Progress, quantize_model, requantize_activations
+from qbench.scheme import Scheme
+from qbench.study.cells import Cell, Settings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from qbench.quantization.passes import Calibration
+
+WORK = "blocks"
+"""Folder of a streamed cell's quantized blocks, inside the cell's own folder in the store."""
+Windows = Callable[[], "Tensor"]
+
+
+class Supply(ABC):
+    """Gives every cell its model."""
+
+    def __init__(self, checkpoint: Checkpoint, settings: Settings) -> None:
+        self.checkpoint, self.settings = checkpoint, settings
+
+    @abstractmethod
+    def model_of(
+        self, cell: Cell, windows: Windows | None, folder: Path, progress: Progress | None
+    ) -> tuple[PreTrainedModel, Quantization]:
+        """The model of a cell, good until the next one is asked for.
+
+        Args:
+            cell: whose scheme the checkpoint can be quantized at.
+            windows: gives the calibration windows; None where the cell reads no data.
+            folder: of the cell in the store.
+            progress: told about every block.
+        """
+
+    def done(self, folder: Path) -> None:  # noqa: B027
+        """Everything about the cell with this folder is stored."""
+
+    def release(self) -> None:  # noqa: B027
+        """Let go of what is in memory."""
+
+
+def supply_of(checkpoint: Checkpoint, settings: Settings) -> Supply:
+    """The supply that the settings ask for.
+
+    Raises:
+        QBenchError: for a checkpoint that cannot be streamed.
+    """
+    if not settings.stream:
+        return InMemory(checkpoint, settings)
+    from qbench.models.streaming import why_not_streamed
+
+    if reason := why_not_streamed(checkpoint):
+        raise QBenchError(f"{reason}; leave out --stream")
+    return Streamed(checkpoint, settings)
+
+
+@dataclass
+class _Quantized:
+    """The model of the last cell that was quantized."""
+
+    baseline: str
+    weights: Scheme
+    model: PreTrainedModel
+    result: Quantization
+    reads_data: bool
+
+
+class InMemory(Supply):
+    """One pristine model and at most one quantized copy."""
+
+    def __init__(self, checkpoint: Checkpoint, settings: Settings) -> None:
+        super().__init__(checkpoint, settings)
+        self._unloadable: QBenchError | None = None
+        self._last: _Quantized | None = None
+        self._calibration: Calibration | None = None
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The model in full precision, never changed; one that cannot be is tried once."""
+        if self._unloadable is not None:
+            raise self._unloadable
+        try:
+            return self.checkpoint.load_model(self.settings.dtype, self.settings.device)
+        except QBenchError as error:
+            self._unloadable = error
+            raise
+
+    def model_of(
+        self, cell: Cell, windows: Windows | None, folder: Path, progress: Progress | None
+    ) -> tuple[PreTrainedModel, Quantization]:
+        """The pristine model, the last cell's with other activations, or a fresh copy."""
+        if cell.changes_nothing:
+            layers = layer_reports(self.model, cell.scheme) if cell.trained else []
+            return self.model, Quantization(cell.scheme, layers)
+        known = self._known(cell, windows is not None)
+        if known is not None:
+            known.result = requantize_activations(known.model, cell.scheme, known.result)
+            return known.model, known.result
+        self._last = None  # before there is a third model in memory
+        model = copy.deepcopy(self.model)
+        result = quantize_model(
+            model,
+            cell.baseline.instance,
+            cell.scheme,
+            None if windows is None else self._passes(windows),
+            seed=self.settings.seed,
+            progress=progress,
+        )
+        self._last = _Quantized(
+            cell.baseline.spec.digest(),
+            cell.scheme.weights_only,
+            model,
+            result,
+            windows is not None,
+        )
+        return model, result
+
+    def _known(self, cell: Cell, reads_data: bool) -> _Quantized | None:
+        """The last cell, if its weights are this one's and scales need no calibration."""
+        last, scheme = self._last, cell.scheme
+        alike = (
+            last is not None
+            and cell.baseline.instance.weights_ignore_activations
+            and scheme.quantizes_weights
+            and not (scheme.needs_static_scales or last.result.scheme.needs_static_scales)
+            and last.baseline == cell.baseline.spec.digest()
+            and last.weights == scheme.weights_only
+            and last.reads_data == reads_data
+        )
+        return last if alike else None
+
+    def _passes(self, windows: Windows) -> Calibration:
+        """The calibration text in the pristine model, shared by all cells."""
+        from qbench.quantization.passes import Calibration
+
+        if self._calibration is None:
+            self._calibration = Calibration(self.model, windows())
+        return self._calibration
+
+    def release(self) -> None:
+        """Let go of both models."""
+        self._last = self._calibration = None
+        self.__dict__.pop("model", None)
+
+
+class Streamed(Supply):
+    """Decoder blocks stay on disk and come one at a time."""
+
+    def model_of(
+        self, cell: Cell, windows: Windows | None, folder: Path, progress: Progress | None
+    ) -> tuple[PreTrainedModel, Quantization]:
+        """A streamed model, quantized from the block on that an earlier run had reached."""
+        from qbench.models.streaming import open_streamed
+
+        settings = self.settings
+        work = None if cell.changes_nothing else folder / WORK
+        model = open_streamed(self.checkpoint, settings.dtype, settings.device, work)
+        if cell.changes_nothing:
+            return model, Quantization(cell.scheme)
+        result = quantize_model(
+            model,
+            cell.baseline.instance,
+            cell.scheme,
+            None if windows is None else windows(),
+            seed=settings.seed,
+            progress=progress,
+        )
+        return model, result
+
+    def done(self, folder: Path) -> None:
+        """The quantized blocks are not needed any more."""
+        shutil.rmtree(folder / WORK, ignore_errors=True)
