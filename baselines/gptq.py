@@ -4,6 +4,11 @@ GPTQ 2210.17323 Algorithm 1. With H = 2XXᵀ + λI and U the upper Cholesky fact
 rounded, its error (w_j - q_j) / U_jj is subtracted from the later columns along U_j, and updates to
 columns outside the current block of 128 are applied once per block. λ is 1 % of the mean diagonal.
 
+U itself is not computed. With H = R Rᵀ, R upper triangular with columns scaled to a unit diagonal,
+the weight that U's recursion has in column k when its turn comes is w_k + Σ_j<k (w_j - q_j) R_jk,
+of original weights w (QuIP 2307.13304, Theorem 6). R is a Cholesky factor of H in reversed order,
+so here the columns are reversed and walked from the last one on, as :func:`round_columns_` does.
+
 Beyond the paper, as in the released code: dead inputs (H_jj = 0) are zeroed; ``act_order`` goes by
 decreasing diagonal; group grids are fitted when their first column comes up, from the weights as
 they stood when the block of columns began (``fresh_groups`` uses the weights of that moment;
@@ -20,20 +25,23 @@ import torch
 from torch import Generator, Tensor
 
 from qbench import (
+    Affine,
     Baseline,
     QBenchError,
     QuantizedWeight,
+    Rounding,
     Scheme,
     Statistics,
     check_group_size,
+    feedback_factor,
     get_grid,
-    inverse_upper_cholesky,
+    round_columns_,
     rows_of,
     search_clip,
 )
 
 if TYPE_CHECKING:
-    from qbench.grid import Affine, Grid
+    from qbench.grid import Grid
     from qbench.models.blocks import Block
 
 
@@ -41,7 +49,9 @@ if TYPE_CHECKING:
 class GPTQ(Baseline):
     """Second-order rounding with error feedback along the input channels."""
 
+    version: ClassVar[int] = 2
     is_random: ClassVar[bool] = False
+    rows_are_independent: ClassVar[bool] = True
     weight_statistics: ClassVar[tuple[str, ...]] = ("hessian",)
 
     percdamp: float = 0.01
@@ -82,46 +92,51 @@ class GPTQ(Baseline):
             QBenchError: for a group size that does not divide.
         """
         check_group_size(weight.shape[1], scheme.group_size)
-        dead, order, upper, damping = stats.cached(
-            f"gptq:{self.percdamp}:{self.act_order}", lambda: self._factorize(stats.hessian)
-        )
-        columns = _Columns(self, weight, scheme, dead, order)
-        columns.walk(upper)
-        return columns.result(damping)
+        key = f"gptq:{self.percdamp}:{self.act_order}"
+        order, factor, damping = stats.cached(key, lambda: self._factorize(stats.hessian))
+        dead = stats.hessian.diagonal() == 0
+        return _Columns(self, weight, scheme, dead, order).walk(factor, damping)
 
-    def _factorize(self, hessian: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
-        """Dead inputs, order of the columns, U in that order, and the damping it took."""
-        hessian = hessian.clone()
-        dead = hessian.diagonal() == 0
-        hessian.diagonal()[dead] = 1
-        order = torch.arange(hessian.shape[0], device=hessian.device)
+    def _factorize(self, hessian: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Columns in the order of the walk (which ends at the first), its factor, the damping."""
+        diagonal = hessian.diagonal()
         if self.act_order:
-            order = hessian.diagonal().argsort(descending=True)
-        upper, damping = inverse_upper_cholesky(hessian[order][:, order], self.percdamp)
-        return dead, order, upper, damping
+            order = diagonal.masked_fill(diagonal == 0, 1).argsort(descending=True).flip(0)
+        else:
+            order = torch.arange(len(hessian) - 1, -1, -1, device=hessian.device)
+        factor, damping = feedback_factor(hessian, self.percdamp, order)
+        return order, factor, damping
 
 
 class _Columns:
-    """The walk over one matrix, its columns already in order."""
+    """The walk over one matrix, its columns in the order of the walk, from the last one on.
+
+    Column p is step n-1-p of the walk. ``errors`` holds the weights still to be rounded and the
+    errors of those that have been; ``codes`` what they were rounded to.
+    """
 
     def __init__(
         self, config: GPTQ, weight: Tensor, scheme: Scheme, dead: Tensor, order: Tensor
     ) -> None:
-        self.config, self.scheme, self.order = config, scheme, order
+        self.config, self.order = config, order
         self.grid: Grid = get_grid(scheme.grid)
         self.bits = scheme.wbits
-        self.group_size = scheme.group_size
-        whole = self.fit(rows_of(weight, scheme)) if self.group_size < 0 else None
-        weight = weight.clone()
-        weight[:, dead] = 0
-        if config.static_groups and self.group_size > 0:
-            whole = self.fit(rows_of(weight, scheme))
-        self.static = None if whole is None else type(whole)(*(part.squeeze(-1) for part in whole))
-        self.group_of = order // self.group_size if self.group_size > 0 else torch.zeros_like(order)
-        self.fitted: list[Affine] = []
-        self.weight = weight[:, order]
-        self.codes = torch.empty_like(self.weight)
-        self.values = torch.empty_like(self.weight)
+        self.grouped = scheme.group_size > 0
+        self.group_size = scheme.group_size if self.grouped else weight.shape[1]
+        self.fits_on_the_way = self.grouped and not config.static_groups
+        self.group_of = order // self.group_size
+        whole = None if self.grouped else self.fit(rows_of(weight, scheme))
+        weight = weight.masked_fill(dead, 0)
+        if self.fits_on_the_way:
+            steps = torch.arange(len(order), device=order.device).flip(0)
+            self.group_of = steps // self.group_size
+            self.scale = weight.new_ones(weight.shape[0], weight.shape[1] // self.group_size)
+            self.zero_point = torch.zeros_like(self.scale)
+        else:
+            affine = whole or self.fit(rows_of(weight, scheme))
+            self.scale, self.zero_point = (part.squeeze(-1) for part in affine)
+        self.errors = weight.index_select(1, order)
+        self.codes = torch.empty_like(self.errors)
 
     def fit(self, rows: Tensor) -> Affine:
         """Scale and zero point of ``rows`` (..., n)."""
@@ -129,51 +144,65 @@ class _Columns:
             return search_clip(self.grid, rows, self.bits)
         return self.grid.fit(rows, self.bits)
 
-    def walk(self, upper: Tensor) -> None:
-        """Round all columns, feeding errors forward along ``upper`` (in_features, in_features)."""
-        total = self.weight.shape[1]
-        for start in range(0, total, self.config.block_size):
-            end = min(start + self.config.block_size, total)
-            block = self.weight[:, start:end].clone()
-            errors = torch.zeros_like(block)
-            for i, column in enumerate(range(start, end)):
-                affine = self.affine_at(column, start, errors[:, :i], upper)
-                w = block[:, i : i + 1]
-                codes = self.grid.encode(w, affine, self.bits)
-                values = self.grid.decode(codes, affine)
-                self.codes[:, column : column + 1] = codes
-                self.values[:, column : column + 1] = values
-                error = (w - values) / upper[column, column]
-                block[:, i:] -= error * upper[column, column:end]
-                errors[:, i : i + 1] = error
-            self.weight[:, end:] -= errors @ upper[start:end, end:]
+    def walk(self, factor: Tensor, damping: float) -> QuantizedWeight:
+        """Round all columns, feeding errors back along ``factor`` (in_features, in_features)."""
+        rounding = Rounding(self.grid.qmin(self.bits), self.grid.qmax(self.bits))
+        bounds = self.bounds()
+        for end, start in zip(bounds, bounds[1:], strict=False):
+            block, codes = self.errors[:, start:end], self.codes[:, start:end]
+            # groups whose first column is in this block: first to past; they reach down to reach
+            first, past = (-(-(len(self.order) - p) // self.group_size) for p in (end, start))
+            fitting = self.fits_on_the_way and first < past
+            reach = len(self.order) - past * self.group_size if fitting else start
+            pulled = self.errors[:, end:] @ factor[end:, reach:end]
+            torch.add(block, pulled[:, start - reach :], out=codes)
+            if fitting:
+                self.fit_groups(first, past, pulled, factor[reach:end, reach:end])
+            affine = (self.scale, self.zero_point)
+            square = factor[start:end, start:end]
+            round_columns_(codes, block, square, affine, rounding, self.group_of[start:end])
+        return self.result(damping)
 
-    def affine_at(self, column: int, start: int, errors: Tensor, upper: Tensor) -> Affine:
-        """Grid of one column, (out_features, 1); fits the next group's when its turn comes."""
-        if self.static is not None:
-            group = self.group_of[column]
-            return type(self.static)(*(part[:, group].unsqueeze(1) for part in self.static))
-        if column % self.group_size == 0:
-            stop = column + self.group_size
-            group_weights = self.weight[:, column:stop]
-            if self.config.fresh_groups:
-                group_weights = group_weights - errors @ upper[start:column, column:stop]
-            self.fitted.append(self.fit(group_weights))
-        return self.fitted[-1]
+    def bounds(self) -> list[int]:
+        """Where blocks of columns begin and end, in the order of the walk: downwards to 0."""
+        total = len(self.order)
+        bounds = {*range(total, 0, -self.config.block_size), 0}
+        if self.config.fresh_groups and self.fits_on_the_way:  # a block begins with every group
+            bounds |= set(range(0, total, self.group_size))
+        return sorted(bounds, reverse=True)
+
+    def fit_groups(self, first: int, past: int, pulled: Tensor, factor: Tensor) -> None:
+        """Fit groups ``first`` to ``past`` from the weights as they stand before this block.
+
+        Those are W + E L⁻¹, with E L (``pulled``) the correction by rounded columns, and L the part
+        of the factor that belongs to these columns: U of GPTQ, that is, which is needed only here.
+        """
+        identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+        inverse = torch.linalg.solve_triangular(factor, identity, upper=False, unitriangular=True)
+        reach = len(self.order) - past * self.group_size
+        weight = torch.addmm(self.errors[:, reach : reach + len(factor)], pulled, inverse)
+        columns = weight[:, : (past - first) * self.group_size]
+        affine = self.fit(columns.unflatten(1, (-1, self.group_size)).flip(1))
+        for table, part in zip((self.scale, self.zero_point), affine, strict=True):
+            table[:, first:past] = part.squeeze(-1)
 
     def result(self, damping: float) -> QuantizedWeight:
         """Everything back in the original order of the columns."""
+        del self.errors
         back = self.order.argsort()
-        if self.static is not None:
-            scale, zero_point = self.static
+        codes, index = self.codes.index_select(1, back), self.group_of[back]
+        scattered = self.config.act_order and self.fits_on_the_way
+        if scattered:
+            affine = Affine(*(t.index_select(1, index) for t in (self.scale, self.zero_point)))
+            values = self.grid.decode(codes, affine)
         else:
-            scale, zero_point = (torch.cat(parts, 1) for parts in zip(*self.fitted, strict=True))
-        scattered = self.config.act_order and self.group_size > 0 and not self.config.static_groups
+            affine = Affine(self.scale.unsqueeze(-1), self.zero_point.unsqueeze(-1))
+            values = self.grid.decode(codes.unflatten(1, (-1, self.group_size)), affine).flatten(1)
         return QuantizedWeight(
-            weight=self.values[:, back],
-            codes=self.codes[:, back],
-            scale=scale,
-            zero_point=zero_point,
-            g_idx=(back // self.group_size) if scattered else None,
+            weight=values,
+            codes=codes,
+            scale=self.scale,
+            zero_point=self.zero_point,
+            g_idx=index if scattered else None,
             report={"damping": damping},
         )

@@ -16,6 +16,7 @@ rounding, which the paper finds worse, and the cast of results to half precision
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol
 
@@ -23,14 +24,18 @@ import torch
 from torch import Generator, Tensor
 
 from qbench import (
+    Affine,
     Baseline,
     CannotQuantize,
     QBenchError,
     QuantizedWeight,
+    Rounding,
     Scheme,
     Statistics,
+    damped,
+    feedback_factor,
     get_grid,
-    lower_cholesky,
+    round_columns_,
     rows_of,
 )
 
@@ -42,6 +47,7 @@ ROTATIONS = ("butterfly", "kronecker")
 class QuIP(Baseline):
     """Incoherence processing and LDLQ."""
 
+    version: ClassVar[int] = 2
     weight_statistics: ClassVar[tuple[str, ...]] = ("hessian",)
     on_grid: ClassVar[bool] = False
 
@@ -92,31 +98,33 @@ class QuIP(Baseline):
         Raises:
             CannotQuantize: if the hessian cannot be factorized with any damping.
         """
-        hessian = stats.hessian / 2  # QuIP's is the mean over sequences without GPTQ's factor
-        if not self.incoherence:
-            return self.round(weight, hessian, scheme)
+        if not self.incoherence:  # QuIP's is the mean over sequences without GPTQ's factor
+            return self.round(weight, stats.hessian / 2, scheme)
         left = Rotation.draw(weight.shape[0], generator, shared=self.rotation == "kronecker")
         right = Rotation.draw(weight.shape[1], generator, shared=self.rotation == "kronecker")
-        return self.round_incoherent(weight, hessian, scheme, left, right)
+        return self.round_incoherent(weight, stats.hessian, scheme, left, right)
 
     def round_incoherent(
         self, weight: Tensor, hessian: Tensor, scheme: Scheme, left: Orthogonal, right: Orthogonal
     ) -> QuantizedWeight:
-        """Algorithm 1, rounding, Algorithm 2, with U = ``left`` and V = ``right``."""
-        peak = hessian.abs().max()
+        """Algorithm 1, rounding, Algorithm 2, with U = ``left`` and V = ``right``.
+
+        The scale of ``hessian`` (in_features, in_features) cancels; it is left untouched.
+        """
+        peak = torch.stack(torch.aminmax(hessian)).abs().max()
         if not (torch.isfinite(peak) and peak > 0):
             raise CannotQuantize("the hessian is zero or not finite")
         hessian, scale = hessian / peak, torch.ones_like(hessian[0])
         if self.rescale:
             mass = weight.square().sum(0).clamp(min=1e-8)
             scale = (hessian.diagonal().clamp(min=1e-8) / mass).pow(0.25)
-        rotated = left.turn(right.turn(weight * scale).T).T
-        hessian = hessian / scale / scale.unsqueeze(1)
-        hessian = hessian * (hessian.shape[0] / hessian.trace())
+        rotated = left.turn(right.turn((weight * scale).T).T)
+        hessian.div_(scale).div_(scale.unsqueeze(1))
+        hessian.mul_(hessian.shape[0] / hessian.trace())
         hessian.diagonal().add_(1e-2)
-        hessian = right.turn(right.turn(hessian).T).T
+        hessian = right.turn(right.turn(hessian).T)
         found = self.round(rotated, hessian, scheme)
-        restored = left.turn_back(right.turn_back(found.weight).T).T / scale
+        restored = left.turn_back(right.turn_back(found.weight.T).T).div_(scale)
         return QuantizedWeight(
             weight=restored,
             codes=found.codes,
@@ -132,11 +140,8 @@ class QuIP(Baseline):
         """Round in the basis given, and return the result in the same basis."""
         grid, bits = get_grid(scheme.grid), scheme.wbits
         fitted = grid.fit(rows_of(weight, scheme), bits)
-        affine = type(fitted)(*(part.squeeze(-1) for part in fitted))
-        hessian = hessian.clone()
-        dead = hessian.diagonal() == 0
-        hessian.diagonal()[dead] = 1
-        weight = weight.masked_fill(dead, 0)
+        affine = Affine(*(part.squeeze(-1) for part in fitted))
+        weight = weight.masked_fill(hessian.diagonal() == 0, 0)
         low, high = grid.qmin(bits), grid.qmax(bits)
         target = (weight / affine.scale + affine.zero_point).clamp(low, high)
         limits = Limits(low, high)
@@ -154,28 +159,31 @@ class QuIP(Baseline):
 
     def descend(self, target: Tensor, hessian: Tensor, limits: Limits) -> tuple[Tensor, float]:
         """Codes for ``target`` (in code units) that lower the proxy loss under ``hessian``."""
-        factor, damping = lower_cholesky(hessian, self.percdamp)
-        hessian = hessian + damping * hessian.diagonal().mean() * torch.eye(len(hessian)).to(
-            hessian
-        )
-        order = torch.arange(hessian.shape[0], device=hessian.device)
+        order = None
         if self.rounding == "ldlq_rg":  # LDLQ starts at the last column: the largest diagonal
-            order = hessian.diagonal().argsort()
-            factor = lower_cholesky(hessian[order][:, order], 0.0).matrix
-        target, hessian = target[:, order], hessian[order][:, order]
+            diagonal = hessian.diagonal()
+            order = diagonal.masked_fill(diagonal == 0, 1).argsort()
+            target = target[:, order]
+        factor, damping = feedback_factor(hessian, self.percdamp, order)
         if self.rounding == "greedy":
-            start, passes = limits.round(target), max(self.greedy_passes, 1)
+            codes, passes = limits.round(target), max(self.greedy_passes, 1)
         else:
-            start, passes = ldlq(target, factor, limits), self.greedy_passes
-        codes = greedy(start, target, hessian, limits, passes)
-        return codes[:, order.argsort()], damping
+            codes, passes = ldlq(target, factor, limits), self.greedy_passes
+        if passes:
+            del factor
+            codes = greedy(codes, target, damped(hessian, damping, order), limits, passes)
+        return codes if order is None else codes[:, order.argsort()], damping
 
 
 class Limits(NamedTuple):
     """Smallest and largest code."""
 
-    low: int
-    high: int
+    low: float
+    high: float
+
+    def rounding(self) -> Rounding:
+        """The same for :func:`round_columns_`."""
+        return Rounding(self.low, self.high, half_up=True)
 
     def round(self, x: Tensor) -> Tensor:
         """Half up, as QuIP's code rounds, then clamp."""
@@ -187,49 +195,65 @@ def ldlq(target: Tensor, factor: Tensor, limits: Limits, block_size: int = 128) 
 
     Args:
         target: weights in code units (out_features, in_features).
-        factor: lower Cholesky factor of H.
+        factor: unit lower triangular L with H = L D Lᵀ.
         limits: of the codes.
         block_size: columns whose corrections are summed one at a time; those of later blocks come
             in one product (the result is the same).
     """
-    unit = factor / factor.diagonal()
-    codes = target.clone()
-    error = torch.zeros_like(target)
+    codes, error = torch.empty_like(target), target.clone()
     for end in range(target.shape[1], 0, -block_size):
         start = max(end - block_size, 0)
-        corrected = target[:, start:end] + error[:, end:] @ unit[end:, start:end]
-        for column in range(end - 1, start - 1, -1):
-            inner = error[:, column + 1 : end] @ unit[column + 1 : end, column]
-            codes[:, column] = limits.round(corrected[:, column - start] + inner)
-            error[:, column] = target[:, column] - codes[:, column]
+        block = error[:, start:end]
+        torch.add(block, error[:, end:] @ factor[end:, start:end], out=codes[:, start:end])
+        square = factor[start:end, start:end]
+        round_columns_(codes[:, start:end], block, square, code_units(target), limits.rounding())
     return codes
 
 
-def greedy(codes: Tensor, target: Tensor, hessian: Tensor, limits: Limits, passes: int) -> Tensor:
+def greedy(
+    codes: Tensor,
+    target: Tensor,
+    hessian: Tensor,
+    limits: Limits,
+    passes: int,
+    block_size: int = 128,
+) -> Tensor:
     """Coordinate descent on the proxy loss, columns from last to first (QuIP, "greedy updates").
+
+    Column k moves to the nearest code of c_k - (C - W) H_k / H_kk. A column that moves by d changes
+    what later ones of its block see by -d H_jk / H_kk: the walk of LDLQ, with another factor.
 
     As released, codes are clamped after a whole pass, and the running error keeps what they were
     before; the paper clamps each coordinate.
     """
-    codes, error = codes.clone(), codes - target
+    codes, error, diagonal = codes.clone(), codes - target, hessian.diagonal()
+    free = Limits(-math.inf, math.inf).rounding()
     for _ in range(passes):
-        for column in reversed(range(codes.shape[1])):
-            pull = error @ hessian[:, column] / hessian[column, column]
-            moved = torch.floor(codes[:, column] - pull + 0.5)
-            error[:, column] += moved - codes[:, column]
-            codes[:, column] = moved
+        for end in range(codes.shape[1], 0, -block_size):
+            start = max(end - block_size, 0)
+            here, moved = diagonal[start:end], codes[:, start:end].clone()
+            current = moved - error @ hessian[:, start:end] / here
+            square = hessian[start:end, start:end] / here
+            round_columns_(current, moved, square, code_units(target), free)
+            error[:, start:end] -= moved
+            codes[:, start:end] = current
         codes.clamp_(limits.low, limits.high)
     return codes
 
 
+def code_units(like: Tensor) -> Affine:
+    """The grid of the integers."""
+    return Affine(like.new_ones(1, 1), like.new_zeros(1, 1))
+
+
 class Orthogonal(Protocol):
-    """A rotation of the last dimension."""
+    """A rotation of the columns of a matrix."""
 
     def turn(self, x: Tensor) -> Tensor:
-        """Q x for every vector x along the last dimension."""
+        """Q x for x (n, m)."""
 
     def turn_back(self, x: Tensor) -> Tensor:
-        """Qᵀ x for every vector x along the last dimension."""
+        """Qᵀ x for x (n, m)."""
 
 
 class Rotation:
@@ -256,20 +280,22 @@ class Rotation:
         return cls(rows, columns, first, last)
 
     def turn(self, x: Tensor) -> Tensor:
-        """Rotate the last dimension."""
+        """Q x for x (n, m): two batched products between two permutations of rows."""
         rows, columns = self.rows.to(x), self.columns.to(x)
-        y = x[..., self.first].unflatten(-1, (columns.shape[-1], rows.shape[-1]))
-        y = torch.einsum("...pq,pkq->...pk", y, rows.expand(y.shape[-2], -1, -1))
-        y = torch.einsum("...pq,qkp->...kq", y, columns.expand(y.shape[-1], -1, -1))
-        return y.flatten(-2)[..., self.last]
+        p, q = columns.shape[-1], rows.shape[-1]
+        y = x.contiguous()[self.first.to(x.device)].view(p, q, -1)
+        y = torch.bmm(rows.expand(p, -1, -1), y)
+        y = torch.bmm(columns.expand(q, -1, -1), y.transpose(0, 1))  # lies as (q, p, m)
+        return y.flatten(0, 1)[(self.last % q * p + self.last // q).to(x.device)]
 
     def turn_back(self, x: Tensor) -> Tensor:
-        """Undo :meth:`turn`."""
+        """Qᵀ x for x (n, m)."""
         rows, columns = self.rows.to(x), self.columns.to(x)
-        y = x[..., self.last.argsort()].unflatten(-1, (columns.shape[-1], rows.shape[-1]))
-        y = torch.einsum("...kq,qkp->...pq", y, columns.expand(y.shape[-1], -1, -1))
-        y = torch.einsum("...pk,pkq->...pq", y, rows.expand(y.shape[-2], -1, -1))
-        return y.flatten(-2)[..., self.first.argsort()]
+        p, q = columns.shape[-1], rows.shape[-1]
+        y = x.contiguous()[self.last.argsort().to(x.device)].view(p, q, -1)
+        y = torch.bmm(columns.mT.expand(q, -1, -1), y.transpose(0, 1)).transpose(0, 1)
+        y = torch.bmm(rows.mT.expand(p, -1, -1), y)
+        return y.flatten(0, 1)[self.first.argsort().to(x.device)]
 
 
 def two_factors(n: int) -> tuple[int, int]:

@@ -114,10 +114,10 @@ class Dense:
         self.matrix = matrix
 
     def turn(self, x):
-        return x @ self.matrix.T
+        return self.matrix @ x
 
     def turn_back(self, x):
-        return x @ self.matrix
+        return self.matrix.T @ x
 
 
 @pytest.mark.parametrize("case", **by_id([c for c in golden.cases("QuIP") if c["file"] == "quip"]))

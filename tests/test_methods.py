@@ -40,13 +40,18 @@ def optimal_brain_quantizer(target, hessian, encode):
     return codes
 
 
+def unit_factor(hessian):
+    """L of H = L D Lᵀ."""
+    factor = torch.linalg.cholesky(hessian)
+    return factor / factor.diagonal()
+
+
 def test_ldlq_is_gptq_on_reversed_columns(layer_case):
     """QuIP 2307.13304 Theorem 6, on a grid without ends; random weights have no ties."""
     weight, stats = layer_case
     hessian = stats.hessian.double() + 0.01 * torch.eye(48)
     expected = optimal_brain_quantizer(weight.flip(1) * 4, hessian.flip(0, 1), torch.round)
-    factor = torch.linalg.cholesky(hessian)
-    found = quip.ldlq(weight.double() * 4, factor, quip.Limits(-(10**6), 10**6))
+    found = quip.ldlq(weight.double() * 4, unit_factor(hessian), quip.Limits(-(10**6), 10**6))
     assert torch.equal(found, expected.flip(1))
     assert not torch.equal(found, (weight.double() * 4).round())
 
@@ -67,7 +72,7 @@ def test_gptq_is_the_papers_recursion(bits, layer_case):
 
 def test_ldlq_in_blocks_is_ldlq_in_one_block(layer_case):
     weight, stats = layer_case
-    factor = torch.linalg.cholesky(stats.hessian + 0.1 * torch.eye(48))
+    factor = unit_factor(stats.hessian + 0.1 * torch.eye(48))
     limits = quip.Limits(-8, 7)
     whole = quip.ldlq(weight * 4, factor, limits, block_size=48)
     for size in (1, 7, 16, 128):
@@ -91,7 +96,7 @@ def test_on_a_finite_grid_ldlq_can_lose_to_nearest_rounding():
     """QuIP section 5.2: the optimality of LDLQ holds only while nothing is clamped."""
     weight, hessian = (part.flip(-1) for part in counter_example(64))
     hessian = hessian.flip(0)  # the example walks from the first column to the last
-    factor = torch.linalg.cholesky(hessian)
+    factor = unit_factor(hessian)
 
     def loss(codes):
         return float(((weight - codes) @ hessian * (weight - codes)).sum())
@@ -189,7 +194,7 @@ def test_quips_rotations_are_orthogonal_and_undone(rotation, size):
     )
     dense = turned.turn(torch.eye(size))
     assert torch.allclose(dense @ dense.T, torch.eye(size), atol=1e-5)
-    x = torch.randn(3, size, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(size, 3, generator=torch.Generator().manual_seed(1))
     assert torch.allclose(turned.turn_back(turned.turn(x)), x, atol=1e-5)
     p, q = quip.two_factors(size)
     assert p * q == size

@@ -11,7 +11,7 @@ from qbench.models.blocks import find_blocks, trace_block
 from qbench.quantization.calibration import capture
 from qbench.quantization.factorize import (
     damped,
-    inverse_upper_cholesky,
+    feedback_factor,
     ladder,
     lower_cholesky,
 )
@@ -204,10 +204,8 @@ def test_a_stage_of_some_linears_still_shares_what_they_read():
 
 def test_gptq_factorizes_one_hessian_per_shared_input(monkeypatch):
     calls = []
-    factorize = gptq.inverse_upper_cholesky
-    monkeypatch.setattr(
-        gptq, "inverse_upper_cholesky", lambda *args: calls.append(1) or factorize(*args)
-    )
+    factorize = gptq.feedback_factor
+    monkeypatch.setattr(gptq, "feedback_factor", lambda *args: calls.append(1) or factorize(*args))
     result = quantize_model(tiny_model(), "gptq", "W4A16", tiny_windows(4, 24))
     assert len(result.layers) == 14 and len(calls) == 8  # two blocks of seven, four inputs each
 
@@ -230,16 +228,34 @@ def test_factors_are_those_of_the_damped_hessian(hessian):
     lower, damping = lower_cholesky(hessian, 0.01)
     assert damping == 0.01
     assert torch.allclose((lower @ lower.T).double(), exact, rtol=1e-4, atol=1e-4)
-    upper, damping = inverse_upper_cholesky(hessian, 0.01)
-    assert torch.equal(upper, upper.triu()) and damping == 0.01
-    assert torch.allclose((upper.T @ upper).double(), exact.inverse(), rtol=1e-3, atol=1e-6)
+    unit, damping = feedback_factor(hessian, 0.01)
+    assert torch.allclose(unit, lower / lower.diagonal()) and damping == 0.01
+    assert (unit.diagonal() == 1).all()
+
+
+def test_a_factor_can_be_asked_for_in_another_order_of_the_inputs(hessian):
+    """In reversed order it is GPTQ's: its U, UᵀU = H⁻¹, is the inverse of what this turns into."""
+    order = torch.arange(7, -1, -1)
+    lower = lower_cholesky(hessian, 0.01, order).matrix.double()
+    exact = hessian.double() + 0.01 * hessian.diagonal().double().mean() * torch.eye(8)
+    assert torch.allclose(lower @ lower.T, exact[order][:, order], rtol=1e-4, atol=1e-4)
+    upper = torch.linalg.cholesky(exact.inverse(), upper=True)
+    assert torch.allclose(lower.flip(0, 1).inverse(), upper, rtol=1e-3, atol=1e-5)
+
+
+def test_an_input_that_never_fires_counts_as_one_on_the_diagonal(hessian):
+    """As released: it enters the mean diagonal that damping is a share of."""
+    hessian[3] = hessian[:, 3] = 0
+    living = hessian.diagonal().sum() + 1
+    assert damped(hessian, 0.5)[3, 3] == 1 + 0.5 * living / 8
+    assert lower_cholesky(hessian, 0.0).damping == 0.0
 
 
 def test_damping_leaves_the_hessian_itself_alone(hessian):
     before = hessian.clone()
     damped(hessian, 0.5)
     lower_cholesky(hessian, 0.01)
-    inverse_upper_cholesky(hessian, 0.01)
+    feedback_factor(hessian, 0.01, torch.arange(7, -1, -1))
     assert torch.equal(hessian, before)
 
 
@@ -249,12 +265,12 @@ def test_a_hessian_with_a_negative_direction_climbs_the_ladder(hessian):
     mean = float(hessian.diagonal().mean())
     values[0] = -0.05 * mean
     broken = (vectors * values @ vectors.T).float()
-    for factor in (lower_cholesky, inverse_upper_cholesky):
+    for factor in (lower_cholesky, feedback_factor):
         assert factor(broken, 0.01).damping == pytest.approx(0.1)
         assert factor(broken, 0.2).damping == 0.2
 
 
-@pytest.mark.parametrize("factor", [lower_cholesky, inverse_upper_cholesky])
+@pytest.mark.parametrize("factor", [lower_cholesky, feedback_factor])
 def test_what_no_damping_can_mend_is_declined_with_the_reason(factor, hessian):
     with pytest.raises(CannotQuantize, match="not positive definite even with damping 1"):
         factor(-hessian, 0.01)

@@ -29,45 +29,58 @@ class Factor(NamedTuple):
     """Share of the mean diagonal that was added to the diagonal."""
 
 
-def damped(hessian: Tensor, damping: float) -> Tensor:
-    """A copy of H with ``damping`` times its mean diagonal added to the diagonal."""
-    result = hessian.clone()
+def damped(hessian: Tensor, damping: float, order: Tensor | None = None) -> Tensor:
+    """A copy of H, rows and columns in ``order``, plus ``damping`` times its mean diagonal.
+
+    A zero on the diagonal (an input that never fires) counts as 1 there, as in the released code
+    of GPTQ and QuIP.
+    """
+    result = hessian.clone() if order is None else hessian[order.unsqueeze(1), order]
     diagonal = result.diagonal()
+    diagonal.masked_fill_(diagonal == 0, 1)
     diagonal.add_(damping * diagonal.mean())
     return result
 
 
-def lower_cholesky(hessian: Tensor, percdamp: float) -> Factor:
+def lower_cholesky(hessian: Tensor, percdamp: float, order: Tensor | None = None) -> Factor:
     """L with L Lᵀ = H + damping, climbing the ladder from ``percdamp`` until it exists.
+
+    Besides H, one matrix of its size is held, which becomes the factor.
+
+    Args:
+        hessian: (in_features, in_features), symmetric; left untouched.
+        percdamp: the damping to begin with, as a share of the mean diagonal.
+        order: if given, of H[order][:, order] instead.
 
     Raises:
         CannotQuantize: if H is not finite, or not even the last rung is positive definite.
     """
-    if not torch.isfinite(hessian).all():
+    if not _finite(hessian):
         raise CannotQuantize("the hessian is not finite")
+    info = torch.empty((), dtype=torch.int32, device=hessian.device)
     for damping in ladder(percdamp):
-        factor, info = torch.linalg.cholesky_ex(damped(hessian, damping))
-        if int(info) == 0 and torch.isfinite(factor).all():
+        # column-major, as LAPACK wants it: so the factor takes the place of the copy
+        factor = damped(hessian, damping, order).mT
+        torch.linalg.cholesky_ex(factor, out=(factor, info))
+        if int(info) == 0 and _finite(factor):
             return Factor(factor, damping)
+        del factor
     raise CannotQuantize(f"the hessian is not positive definite even with damping {damping:g}")
 
 
-def inverse_upper_cholesky(hessian: Tensor, percdamp: float) -> Factor:
-    """U, upper triangular, with Uᵀ U = (H + damping)⁻¹: what GPTQ walks along.
+def feedback_factor(hessian: Tensor, percdamp: float, order: Tensor | None = None) -> Factor:
+    """Unit lower triangular L with L D Lᵀ = H + damping: what :func:`round_columns_` walks along.
 
-    Raises:
-        CannotQuantize: as :func:`lower_cholesky`.
+    Arguments and errors as :func:`lower_cholesky`.
     """
-    if not torch.isfinite(hessian).all():
-        raise CannotQuantize("the hessian is not finite")
-    for damping in ladder(percdamp):
-        factor, info = torch.linalg.cholesky_ex(damped(hessian, damping))
-        if int(info):
-            continue
-        upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
-        if int(info) == 0 and torch.isfinite(upper).all():
-            return Factor(upper, damping)
-    raise CannotQuantize(f"the hessian is not positive definite even with damping {damping:g}")
+    factor, damping = lower_cholesky(hessian, percdamp, order)
+    factor.div_(factor.diagonal().clone())
+    return Factor(factor, damping)
+
+
+def _finite(matrix: Tensor) -> bool:
+    """Whether all is finite, without a copy of the matrix on the way."""
+    return bool(torch.isfinite(torch.stack(torch.aminmax(matrix))).all())
 
 
 def ladder(percdamp: float) -> list[float]:

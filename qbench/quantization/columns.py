@@ -1,0 +1,107 @@
+"""Rounding with error feedback, one block of columns at a time: the inner loop of GPTQ and LDLQ.
+
+With H = L D Lᵀ, L unit lower triangular, and columns taken from last to first, column k is rounded
+after every later column j has added its error times L[j, k] (QuIP 2307.13304 eq. 2-3). GPTQ
+(2210.17323 Algorithm 1) is the same walk on reversed columns (QuIP Theorem 6): its factor U of the
+inverse, H = R Rᵀ and U = R⁻¹, cancels, so that one Cholesky of the reversed hessian serves it and
+nothing is inverted.
+
+:func:`walk_` below is the readable definition and runs anywhere. On the CPU numba does the same
+(:mod:`columns_cpu`), on CUDA Triton (:mod:`columns_cuda`), where they are installed; both give its
+results to the last bit, and neither is imported before it is needed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Rounding(NamedTuple):
+    """How a value in code units becomes a code."""
+
+    low: float
+    """Smallest code."""
+    high: float
+    """Largest code."""
+    half_up: bool = False
+    """Ties go up, as QuIP's code rounds; otherwise to even, as GPTQ's does."""
+
+
+def round_columns_(
+    current: Tensor,
+    original: Tensor,
+    factor: Tensor,
+    affine: tuple[Tensor, Tensor],
+    rounding: Rounding,
+    group: Tensor | None = None,
+) -> None:
+    """Round one block of columns in place, from last to first, feeding errors back.
+
+    Args:
+        current: the values to round (rows, width), corrected by every column already rounded;
+            becomes the codes.
+        original: the values wanted, (rows, width); becomes the errors, wanted minus rounded.
+        factor: (width, width), row j the feedback of column j on the columns before it; what
+            stands on and above the diagonal is not read.
+        affine: scale and zero point, (rows or 1, n_groups) both; a value is
+            ``scale * (code - zero_point)``, encoded as :meth:`qbench.grid.Grid.encode` does.
+        rounding: to codes.
+        group: which scale each column has, (width,) integers; all have the first if None.
+    """
+    rows, width = current.shape
+    if not rows or not width:
+        return
+    if group is None:
+        group = torch.zeros(width, dtype=torch.int64, device=current.device)
+    scale, zero_point = (part.expand(rows, -1) for part in affine)
+    parts = (current, original, factor, scale, zero_point)
+    single = all(part.dtype == torch.float32 for part in parts)
+    walk = compiled_walk(current.device.type) if single else walk_
+    walk(*parts, group, rounding)
+
+
+Walk = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Rounding], None]
+
+
+@cache
+def compiled_walk(device: str) -> Walk:
+    """The fastest walk there is on this kind of device."""
+    if device == "cpu" and importlib.util.find_spec("numba"):
+        from qbench.quantization import columns_cpu
+
+        return columns_cpu.walk_
+    if device == "cuda" and importlib.util.find_spec("triton"):
+        from qbench.quantization import columns_cuda
+
+        return columns_cuda.walk_
+    return walk_
+
+
+def walk_(
+    current: Tensor,
+    original: Tensor,
+    factor: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    group: Tensor,
+    rounding: Rounding,
+) -> None:
+    """What :func:`round_columns_` says, column by column in torch."""
+    scale, zero_point = (part.index_select(1, group) for part in (scale, zero_point))
+    whole = zero_point.floor()
+    part = zero_point - whole  # split as Grid.encode does, so that ties fall the same way
+    for column in reversed(range(current.shape[1])):
+        step, zero = scale[:, column], zero_point[:, column]
+        x = current[:, column] / step + part[:, column]
+        x = torch.floor(x + 0.5) if rounding.half_up else torch.round(x)
+        codes = (x + whole[:, column]).clamp_(rounding.low, rounding.high)
+        error = original[:, column] - step * (codes - zero)
+        current[:, column] = codes
+        original[:, column] = error
+        current[:, :column] += error.unsqueeze(1) * factor[column, :column]
