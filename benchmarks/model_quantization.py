@@ -117,19 +117,19 @@ def table(measured: dict[str, Any]) -> Table:
     columns = ["", "quantizing", "ratio to qbench", "bar", "peak memory", "logits' relative error"]
     made = Table(title, columns)
     for side, answers in found.items():
-        if side in absent or not answers or not ours.seconds:
+        if not answers:
             made.rows.append([side, f"not measured: {absent.get(side, 'no run')}", "", "", "", ""])
             continue
         times = Times([answer["seconds"] for answer in answers])
-        middle, shown = common.ratio(times, ours)
+        compared = side != "qbench" and bool(ours.seconds)
+        middle, shown = common.ratio(times, ours) if compared else (0.0, "")
         error = answers[0]["error"]
-        own = side == "qbench"
         made.rows.append(
             [
                 side,
                 str(times),
-                "" if own else shown,
-                "" if own else common.against(middle, BARS[side]),
+                shown,
+                common.against(middle, BARS[side]) if compared else "",
                 f"{max(a['peak'] for a in answers) / 2**30:.2f} GiB",
                 "-" if error is None else f"{error:.4f}",
             ]

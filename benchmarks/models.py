@@ -6,6 +6,7 @@ BPE, trained on text at hand; where that holds too little for the vocabulary, un
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -112,12 +113,15 @@ def _lines(files: Sequence[Path]) -> Iterator[str]:
 def make_tokenizer(
     work: Path, data: Path | None, vocabulary: int, texts: Sequence[Path] = ()
 ) -> PreTrainedTokenizerFast:
-    """A trained tokenizer, kept in the work folder; trained anew where other text is given."""
+    """A trained tokenizer, kept in the work folder by vocabulary and kind of text."""
     from transformers import PreTrainedTokenizerFast
 
-    source = "text" if texts else "data" if data is not None else "world"
+    source = "data" if data is not None else "world"
+    if texts:
+        content = b"".join(path.read_bytes() for path in texts)
+        source = hashlib.sha256(content).hexdigest()[:8]
     folder = work / f"tokenizer-{vocabulary}-{source}"
-    if not (folder / "tokenizer.json").is_file() or texts:
+    if not (folder / "tokenizer.json").is_file():
         bpe_tokenizer(training_text(data, texts), vocabulary).save_pretrained(folder)
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
@@ -168,7 +172,8 @@ def make_sharded(work: Path, name: str, fields: dict[str, Any], data: Path | Non
     for old in folder.glob("*.safetensors"):
         old.unlink()
     parts = list(_parts(fields))
-    weight_map, total = {}, 0
+    weight_map: dict[str, str] = {}
+    total = 0
     generator = torch.Generator().manual_seed(0)
     for number, shapes in enumerate(parts, 1):
         file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"

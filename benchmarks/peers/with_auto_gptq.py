@@ -35,7 +35,9 @@ class _Catcher(nn.Module):
 
 def first_inputs(model: Any, windows: Tensor) -> tuple[list[Tensor], dict[str, Any]]:
     """What enters the first block for each window, and the arguments all windows share."""
-    layers, seen, arguments = model.model.layers, [], {}
+    layers = model.model.layers
+    seen: list[Tensor] = []
+    arguments: dict[str, Any] = {}
     layers[0] = _Catcher(layers[0], seen, arguments)
     for window in windows:
         with contextlib.suppress(_Stop):
