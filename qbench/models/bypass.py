@@ -27,6 +27,7 @@ BlockForward = Callable[[int, Tensor, Call], Tensor]
 """(number of the block, hidden states, other arguments) -> hidden states"""
 _KNOWN = "_qbench_bypass"
 """Attribute of a model that was tried out."""
+_STANDS_IN = "_qbench_stands_in"
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,19 @@ class Bypass:
     """How the blocks of one model hand on hidden states."""
 
     in_tuple: int = 0
-    """Length of the tuple that a block returns, hidden states first; 0 for a bare tensor."""
+    """Length of the tuple that a block returns, hidden states first; 0 for a bare tensor. What
+    else is in it (attention weights, router logits) is left out."""
     refused: str = ""
     """Why the blocks cannot be bypassed."""
 
     def output(self, hidden: Tensor) -> Any:
         """``hidden`` in the form in which the model expects it from a block."""
         return (hidden, *[None] * (self.in_tuple - 1)) if self.in_tuple else hidden
+
+
+def is_replaced(block: nn.Module) -> bool:
+    """Whether something stands in for the block's own forward."""
+    return hasattr(block.forward, _STANDS_IN)
 
 
 class Stop(Exception):
@@ -72,6 +79,7 @@ def blocks_replaced(
                 raise _NoHiddenStates
             return output(forward(number, hidden, call))
 
+        setattr(run, _STANDS_IN, True)
         return run
 
     try:
@@ -121,13 +129,11 @@ def _try_out(model: nn.Module, resident: Callable[[str], Any]) -> Bypass:
     if isinstance(real, str):
         return Bypass(refused=real)
     output = outputs[0]
-    if isinstance(output, Tensor):
-        how = Bypass()
-    elif type(output) is tuple and all(part is None for part in output[1:]):
-        how = Bypass(in_tuple=len(output))
-    else:
-        return Bypass(refused="its blocks return more than hidden states")
-    idle = _calls(model, inputs, how.output, {}, [])
+    how = Bypass(in_tuple=0 if isinstance(output, Tensor) else len(output))
+    try:
+        idle = _calls(model, inputs, how.output, {}, [])
+    except Exception as error:  # whatever a model raises that reads more of a block's output
+        return Bypass(refused=f"without its blocks it does not run ({type(error).__name__})")
     if isinstance(idle, str):
         return Bypass(refused=idle)
     if not same(real, idle):

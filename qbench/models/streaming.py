@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from qbench.errors import QBenchError, RunFailed
 from qbench.models import files
 from qbench.models.blocks import find_blocks
+from qbench.models.bypass import is_replaced
 from qbench.models.checks import check_finite, check_tensors, quiet
 
 if TYPE_CHECKING:
@@ -71,12 +73,14 @@ class Stream:
         open_calls: list[AbstractContextManager[None]] = []
 
         def before(module: nn.Module, args: Any) -> None:
-            here = nullcontext() if name in self.present else self.resident(name)
+            needed = name not in self.present and not is_replaced(module)
+            here = self.resident(name) if needed else nullcontext()
             here.__enter__()
             open_calls.append(here)
 
         def after(module: nn.Module, args: Any, output: Any) -> None:
-            open_calls.pop().__exit__(None, None, None)
+            if open_calls:  # none where the weights could not be read
+                open_calls.pop().__exit__(None, None, None)
 
         module.register_forward_pre_hook(before, prepend=True)
         module.register_forward_hook(after, always_call=True)
@@ -222,7 +226,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 
 
 def save_streamed(model: PreTrainedModel, folder: Path) -> None:
-    """Write a streamed model as an ordinary sharded checkpoint, a block at a time.
+    """Write a streamed model as a sharded checkpoint, a block at a time, under its stored names.
 
     Raises:
         RunFailed: if it cannot be written.
@@ -235,15 +239,19 @@ def save_streamed(model: PreTrainedModel, folder: Path) -> None:
     weight_map: dict[str, str] = {}
     size = 0
 
-    def write(shard: str, tensors: dict[str, Tensor]) -> None:
+    stream = stream_of(model)
+    assert stream is not None
+
+    def write(shard: str, named: dict[str, Tensor]) -> None:
         nonlocal size
+        tensors = {stream.places[name][1]: value for name, value in named.items()}
         write_tensors(folder / shard, tensors, {})
         weight_map.update(dict.fromkeys(tensors, shard))
         size += sum(tensor.nbytes for tensor in tensors.values())
 
     outside: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in model.state_dict().items():
-        if not name.startswith(inside):  # of tied ones the first; loading ties them again
+        if name in stream.places and not name.startswith(inside):  # of tied ones the first
             outside.setdefault(tensor.data_ptr(), (name, tensor))
     write(shards[0], dict(outside.values()))
     for shard, (name, module) in zip(shards[1:], find_blocks(model), strict=True):
@@ -308,26 +316,54 @@ def open_streamed(
 def _places(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, tuple[Path, str]]:
     """File and stored name of every tensor of the model, by its name in the model."""
     stored = {
-        name: (path, entry["shape"])
+        key: (path, entry["shape"])
         for path in checkpoint.weight_files
-        for name, entry in files.header(path).items()
+        for key, entry in files.header(path).items()
     }
-    prefix = f"{model.base_model_prefix}."
-    state, found, wrong = model.state_dict(), {}, []
+    keys = _names_in_model(stored, model)
+    state, prefix = model.state_dict(), f"{model.base_model_prefix}."
+    found, wrong = {}, []
     for name, tensor in state.items():
-        for key in (name, name.removeprefix(prefix), prefix + name):
-            if key in stored:
-                found[name] = (stored[key][0], key)
-                wrong += [name] if list(tensor.shape) != stored[key][1] else []
+        for known in (name, name.removeprefix(prefix), prefix + name):
+            if known in keys:
+                path, shape = stored[keys[known]]
+                found[name] = (path, keys[known])
+                wrong += [name] if list(tensor.shape) != shape else []
                 break
-    present = {id(model.get_parameter(n)) for n in found if n in dict(model.named_parameters())}
-    tied = dict(model.named_parameters(remove_duplicate=False))
-    missing = [n for n in state if n not in found and id(tied.get(n)) not in present]
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    present = {id(parameters.get(name)) for name in found}
+    missing = [n for n in state if n not in found and id(parameters.get(n)) not in present]
     if missing:
+        more = f" (and {len(missing) - 1} more)" if missing[1:] else ""
         raise QBenchError(
-            f"{checkpoint.name} cannot be streamed: no stored tensor is called {missing[0]}"
-            f"{f' (and {len(missing) - 1} more)' if missing[1:] else ''}, it may have another name "
-            "until transformers loads it; leave out --stream"
+            f"{checkpoint.name} cannot be streamed: no stored tensor is {missing[0]}{more}; it is "
+            "missing, or transformers makes it of several while loading; leave out --stream"
         )
-    check_tensors(checkpoint.name, mismatched=wrong)
+    read = {key for _, key in found.values()}
+    ignored = model._keys_to_ignore_on_load_unexpected or ()
+    unexpected = [
+        key
+        for key in set(stored) - read
+        if not any(re.search(pattern, key) for pattern in (*ignored, r"rotary_emb\.inv_freq$"))
+        and id(parameters.get(key)) not in present
+    ]
+    check_tensors(checkpoint.name, mismatched=wrong, unexpected=unexpected)
     return found
+
+
+def _names_in_model(stored: Iterable[str], model: PreTrainedModel) -> dict[str, str]:
+    """Names in the model -> names in the file, where transformers 5 renames while loading."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+    except ImportError:  # a transformers that renames nothing, or elsewhere
+        return {key: key for key in stored}
+    changes = get_model_conversion_mapping(model)
+    renamings = [change for change in changes if isinstance(change, WeightRenaming)]
+    names = {}
+    for key in stored:
+        name = key
+        for renaming in renamings:
+            name, _ = renaming.rename_source_key(name)
+        names[name] = key
+    return names
