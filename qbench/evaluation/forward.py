@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qbench.errors import QBenchError
 from qbench.evaluation.packing import Batch
+from qbench.models.blocks import find_blocks
 from qbench.models.streaming import stream_of
 
 if TYPE_CHECKING:
@@ -108,14 +110,16 @@ def _hooked(head: torch.nn.Module, places: _Places) -> Iterator[None]:
 
 
 class _Once:
-    """The forward of a model's body that runs the first time and repeats itself later.
+    """The forward of a module around the blocks: runs the first time and repeats itself later.
 
     It repeats the states of the part whose turn it is. The head's hook does not read them, but
     what stands between body and head finds the shape that it expects.
     """
 
-    def __init__(self, inner: Callable[..., Any], places: _Places) -> None:
-        self.inner = inner
+    def __init__(self, module: torch.nn.Module, places: _Places) -> None:
+        self.module = module
+        self.before = module.__dict__.get("forward")  # accelerate keeps a wrapper there
+        self.inner = module.forward
         self.places = places
         self.output: Any = None
         self.states: torch.Tensor | None = None
@@ -131,20 +135,32 @@ class _Once:
         self.output[next(iter(self.output))] = part
         return self.output
 
+    def restore(self) -> None:
+        """Give the module its own forward back."""
+        if self.before is None:
+            del self.module.forward
+        else:
+            self.module.forward = self.before
+
 
 @contextmanager
 def _run_once(model: PreTrainedModel, places: _Places) -> Iterator[bool]:
-    """Let the body run once within; False where the model has no body apart from itself."""
-    body: Any = model.base_model
-    if body is model:
+    """Let the body run once within; False where the model has no body apart from itself.
+
+    The body is whatever module around the blocks the model calls; OPT passes over the outermost.
+    """
+    try:
+        name, _ = find_blocks(model)[0]
+    except QBenchError:  # no list of blocks: nothing to tell the body by
         yield False
         return
-    before = body.__dict__.get("forward")  # accelerate keeps a wrapper there
-    body.forward = _Once(body.forward, places)
+    path = name.split(".")[:-2]  # without the list of blocks and the block's number
+    bodies = [model.get_submodule(".".join(path[: n + 1])) for n in range(len(path))]
+    stand_ins = [_Once(body, places) for body in bodies]
+    for body, stand_in in zip(bodies, stand_ins, strict=True):
+        body.forward = stand_in  # type: ignore[method-assign]
     try:
-        yield True
+        yield bool(bodies)
     finally:
-        if before is None:
-            del body.forward
-        else:
-            body.forward = before
+        for stand_in in stand_ins:
+            stand_in.restore()

@@ -10,7 +10,7 @@ Left out: lm-eval's one-token cache, which hands a row the logits of another one
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -164,18 +164,35 @@ def token_scores(batch: Batch, parts: Iterable[torch.Tensor]) -> tuple[np.ndarra
     """
     values, greedy = [], []
     done = 0
-    for logits in parts:
-        stop = done + len(logits)
-        own = slice(*np.searchsorted(batch.place.numpy(), (done, stop)))
-        place = (batch.place[own] - done).to(logits.device)
-        target = batch.target[own].to(logits.device)
-        total = torch.logsumexp(logits.float(), dim=-1)
-        values.append(logits[place, target].float() - total[place])
-        greedy.append(logits.argmax(dim=-1)[place] == target)
-        done = stop
+    try:
+        for logits in parts:
+            stop = done + len(logits)
+            own = slice(*np.searchsorted(batch.place.numpy(), (done, stop)))
+            place = (batch.place[own] - done).to(logits.device)
+            found = _of_tokens(logits, place, batch.target[own].to(logits.device))
+            values.append(found[0])
+            greedy.append(found[1])
+            done = stop
+    finally:
+        if isinstance(parts, Generator):  # or its hooks would stay on the model
+            parts.close()
     if done != len(batch.wanted):
         raise ValueError(f"the forward gave {done} rows of logits for {len(batch.wanted)} places")
     return torch.cat(values).cpu().double().numpy(), torch.cat(greedy).cpu().numpy()
+
+
+def _of_tokens(
+    logits: torch.Tensor, place: torch.Tensor, target: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability in float32 of targets at places, and whether each is the first choice."""
+    value = logits[place, target].float()
+    top = logits.amax(dim=-1)
+    first = value == top[place].float()
+    likely = first.nonzero()[:, 0]  # an argmax over the vocabulary costs more than a maximum
+    first[likely] = logits[place[likely]].argmax(dim=-1) == target[likely]
+    top = top.float()
+    total = (logits.float() - top[:, None]).exp_().sum(dim=-1).log_() + top
+    return value - total[place], first
 
 
 def row_scores(batch: Batch, values: np.ndarray, greedy: np.ndarray) -> dict[int, Score]:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _VERDICT = "_qbench_sharing"
 """Attribute of a model: attention implementation -> verdict. Copies of the model inherit it."""
-_FIRST_ROWS = 6
+_FIRST_ROWS = 4
 _FLOOR = 1e-3
 """Nats that a row may always differ by."""
 _CEILING = 0.5
@@ -93,11 +93,11 @@ def test_sharing(
             shared = _values(model, [tree], run)
         except Exception as error:  # noqa: BLE001 - whatever a model raises, it cannot share
             kind = type(error).__name__
-            return Sharing(False, f"off: {kind} under an attention mask of its own", packed.longest)
-        padded = _values(model, sample.batches("padded", whole), run)
-        if _largest(shared, padded) <= _FLOOR:
-            return Sharing(True, "exact", packed.longest)
+            return Sharing(False, f"off: {kind} with a mask of its own", packed.longest)
         single = _values(model, sample.batches("padded", 1), run)
+        if _largest(shared, single) <= _FLOOR:
+            return Sharing(True, "exact", packed.longest)
+        padded = _values(model, sample.batches("padded", whole), run)
     return _verdict(shared, padded, single, model, packed.longest)
 
 
@@ -105,13 +105,13 @@ test_sharing.__test__ = False  # type: ignore[attr-defined]  # no test of pytest
 
 
 def _sample(packed: PackedRows) -> list[int]:
-    """The first rows, and the longest with the rows next to it."""
+    """The first rows, and the longest with the one next to it."""
     order = packed.wanted
     if not order:
         return []
     longest = max(range(len(order)), key=lambda n: len(packed.rows[order[n]].tokens))
     places = {*range(min(_FIRST_ROWS, len(order))), longest}
-    places |= {n for n in (longest - 1, longest + 1) if 0 <= n < len(order)}
+    places.add(longest - 1 if longest else min(1, len(order) - 1))
     return [order[n] for n in sorted(places)]
 
 
