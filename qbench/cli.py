@@ -114,6 +114,9 @@ def run(
     stream: Annotated[
         bool, typer.Option("--stream", help="One decoder block in memory at a time.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what it would take, and do nothing.")
+    ] = False,
 ) -> None:
     """Quantize one checkpoint with one baseline and measure it."""
     from qbench.evaluation.tasks import EvaluationOptions
@@ -134,7 +137,9 @@ def run(
         retry_failed=retry_failed,
         stream=stream,
     )
-    chosen = commands.Run(checkpoint, baseline, tuple(set_), scheme, save, allow_pickle, latent)
+    chosen = commands.Run(
+        checkpoint, baseline, tuple(set_), scheme, save, allow_pickle, latent, dry_run
+    )
     sys.exit(commands.run(chosen, settings, results))
 
 

@@ -201,7 +201,8 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(write, tmp_path, no_model)
     before = sorted(tmp_path.rglob("*"))
     lines = qbench("sweep", file, "--dry-run").stdout.splitlines()
     assert sorted(tmp_path.rglob("*")) == before
-    assert lines[0].startswith("tiny: 0.13 M parameters, fingerprint ")  # 127,296 of 4 bytes each
+    start = "tiny: 0.127 M parameters, 0.511 MB on disk, fingerprint "  # 127,296 of 4 bytes each
+    assert lines[0].startswith(start)
     assert "memory about" in lines[1] and "--save writes about 497 KiB per cell" in lines[1]
     states = [line[2:17].strip() for line in lines[2:-1]]
     assert states == ["to run", "to run", "to run", "to run", "not applicable"]
@@ -223,7 +224,7 @@ def test_a_dry_run_tells_what_is_stored_and_what_failed(write, tmp_path, text, m
     assert "failed before   gptq W4A16:w=channel,grid=asym: ValueError: no idea (repeat" in out
     assert out.splitlines()[-1] == "3 cells: 2 stored, 1 failed before; 0 measurements to make"
     out = qbench("sweep", write(schemes=["W4A16"], tasks=more), "--dry-run").stdout
-    assert f"to run          none W16A16: {more[2]}\n" in out
+    assert f"to run          none W16A16: {more[2]} · " in out
 
 
 def test_a_cell_that_cannot_be_is_stored_with_its_sentence(write, tmp_path):

@@ -33,6 +33,7 @@ class Run:
     save: Path | None = None
     allow_pickle: bool = False
     latent: bool = False
+    dry_run: bool = False
 
 
 def run(chosen: Run, settings: Settings, results: Path) -> int:
@@ -53,13 +54,16 @@ def run(chosen: Run, settings: Settings, results: Path) -> int:
         chosen.checkpoint, allow_pickle=chosen.allow_pickle, latent=chosen.latent
     )
     store = Store(results)
-    store.check_writable()
+    if not chosen.dry_run:
+        store.check_writable()
     bench = Workbench(checkpoint, settings, store)
     cell = bench.cell(asked)
     if reason := bench.why_not(cell):
         raise QBenchError(f"{cell.baseline.spec.name} cannot do {cell.scheme}: {reason}")
     if chosen.save is not None and checkpoint.why_not_saved:
         raise QBenchError(f"--save: {checkpoint.why_not_saved}; run it without --save")
+    if chosen.dry_run:
+        return _print_plan([(bench, cell)])
     reporter = Reporter()
     reporter.line(f"{checkpoint.name} · {cell}")
     _report_loading(checkpoint, reporter)
@@ -81,6 +85,13 @@ def run(chosen: Run, settings: Settings, results: Path) -> int:
         if cell.scheme.quantizes_activations and not cell.trained:
             reporter.line("note: a checkpoint holds weights; activation quantizers are not in it")
     return 1 if failures else 0
+
+
+def _print_plan(cells: Sequence[tuple[Workbench, Cell]]) -> int:
+    from qbench.study.planning import plan_lines
+
+    print("\n".join(plan_lines(cells)))
+    return 0
 
 
 def _report_loading(checkpoint: Checkpoint, reporter: Reporter) -> None:
@@ -138,12 +149,10 @@ def run_sweep(
     for bench in benches:
         if bench.checkpoint.why_not_quantized:
             reporter.line(f"only as it was trained: {bench.checkpoint.why_not_quantized}")
-    plans = [(bench, bench.plan(cell)) for bench in benches for cell in bench.cells(cells)]
+    pairs = [(bench, cell) for bench in benches for cell in bench.cells(cells)]
     if dry_run:
-        from qbench.study.planning import plan_lines
-
-        print("\n".join(plan_lines(plans)))
-        return 0
+        return _print_plan(pairs)
+    plans = [(bench, bench.plan(cell)) for bench, cell in pairs]
     failures = _run_plans(plans, reporter)
     reporter.line(
         f"results in {asked.results}"

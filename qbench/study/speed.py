@@ -1,0 +1,138 @@
+"""How fast this machine is, from a second of trying it: what a plan's times are made of.
+
+Left out: the network, and how much slower a machine gets when others use it too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+_SECONDS = 0.15
+"""For each thing that is tried."""
+_CHUNK = 1 << 24
+_MOST_READ = 1 << 28
+_WIDEST = 2048
+"""Products are no faster on wider matrices, and take longer to try."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Rates of one machine; every one is per second."""
+
+    products: float
+    """FLOP of matrix products in the run's dtype."""
+    products32: float
+    """FLOP of matrix products in float32, which hessians and solvers take."""
+    rounding: float
+    """Weights scaled, rounded and scaled back."""
+    read: float
+    """Bytes of the checkpoint's files, as warm as they are."""
+    hashed: float
+    """Bytes through SHA-256."""
+    threads: int
+
+
+def measure(width: int, dtype: str, device: str, files: Sequence[Path]) -> Speed:
+    """Try the machine for about a second.
+
+    Args:
+        width: of the model's hidden states.
+        dtype: of the run, by its name in torch.
+        device: of the run.
+        files: with the checkpoint's weights.
+    """
+    import torch
+
+    width = max(64, min(width, _WIDEST))
+    return Speed(
+        products=_products(width, dtype, device),
+        products32=_products(width, "float32", device),
+        rounding=_rounding(device),
+        read=_reading(files),
+        hashed=_hashing(),
+        threads=torch.get_num_threads(),
+    )
+
+
+@cache
+def _products(width: int, dtype: str, device: str) -> float:
+    import torch
+
+    rows = 512
+    left = torch.ones(rows, width, dtype=getattr(torch, dtype), device=device)
+    right = torch.ones(width, width, dtype=left.dtype, device=device)
+    return 2 * rows * width**2 / _fastest(lambda: left @ right, device)
+
+
+@cache
+def _rounding(device: str) -> float:
+    import torch
+
+    weights = torch.ones(1 << 20, device=device)
+    return len(weights) / _fastest(
+        lambda: weights.mul(3.0).round_().clamp_(-7, 7).mul_(0.3).sub_(weights).square_().sum(),
+        device,
+    )
+
+
+@cache
+def _hashing() -> float:
+    data = bytes(1 << 22)
+    return len(data) / _fastest(lambda: hashlib.sha256(data).digest(), "cpu")
+
+
+def _reading(files: Sequence[Path]) -> float:
+    """Bytes a second from the middle of the files, which no header was read from."""
+    started, done = time.perf_counter(), 0
+    for chunk in _chunks(files):
+        done += len(chunk)
+        if done >= _MOST_READ or time.perf_counter() - started > 2 * _SECONDS:
+            break
+    return done / max(time.perf_counter() - started, 1e-6) if done else float("inf")
+
+
+def _chunks(files: Sequence[Path]) -> Iterator[bytes]:
+    for path in files:
+        with path.open("rb", buffering=0) as file:
+            file.seek(path.stat().st_size // 2)
+            while chunk := file.read(_CHUNK):
+                yield chunk
+
+
+def _fastest(work: Callable[[], Any], device: str) -> float:
+    """Seconds of the fastest of several rounds: the one that was disturbed least."""
+    import torch
+
+    on_gpu = device.startswith("cuda")
+    best, until = float("inf"), time.perf_counter() + _SECONDS
+    work()
+    while True:
+        started = time.perf_counter()
+        work()
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        now = time.perf_counter()
+        best = min(best, now - started)
+        if now >= until:
+            return max(best, 1e-9)
+
+
+def free_memory(device: str = "cpu") -> int | None:
+    """Bytes that a process could still take, None where the system does not say."""
+    if device.startswith("cuda"):
+        import torch
+
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
