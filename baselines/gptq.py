@@ -27,6 +27,7 @@ from torch import Generator, Tensor
 from qbench import (
     Affine,
     Baseline,
+    Corrections,
     QBenchError,
     QuantizedWeight,
     Rounding,
@@ -52,6 +53,7 @@ class GPTQ(Baseline):
     version: ClassVar[int] = 2
     is_random: ClassVar[bool] = False
     rows_are_independent: ClassVar[bool] = True
+    weights_ignore_activations: ClassVar[bool] = True
     weight_statistics: ClassVar[tuple[str, ...]] = ("hessian",)
 
     percdamp: float = 0.01
@@ -95,7 +97,9 @@ class GPTQ(Baseline):
         key = f"gptq:{self.percdamp}:{self.act_order}"
         order, factor, damping = stats.cached(key, lambda: self._factorize(stats.hessian))
         dead = stats.hessian.diagonal() == 0
-        return _Columns(self, weight, scheme, dead, order).walk(factor, damping)
+        columns = _Columns(self, weight, scheme, dead, order)
+        columns.walk(factor)
+        return columns.result(damping)
 
     def _factorize(self, hessian: Tensor) -> tuple[Tensor, Tensor, float]:
         """Columns in the order of the walk (which ends at the first), its factor, the damping."""
@@ -126,7 +130,8 @@ class _Columns:
         self.fits_on_the_way = self.grouped and not config.static_groups
         self.group_of = order // self.group_size
         whole = None if self.grouped else self.fit(rows_of(weight, scheme))
-        weight = weight.masked_fill(dead, 0)
+        if dead.any():
+            weight = weight.masked_fill(dead, 0)
         if self.fits_on_the_way:
             steps = torch.arange(len(order), device=order.device).flip(0)
             self.group_of = steps // self.group_size
@@ -144,24 +149,23 @@ class _Columns:
             return search_clip(self.grid, rows, self.bits)
         return self.grid.fit(rows, self.bits)
 
-    def walk(self, factor: Tensor, damping: float) -> QuantizedWeight:
+    def walk(self, factor: Tensor) -> None:
         """Round all columns, feeding errors back along ``factor`` (in_features, in_features)."""
         rounding = Rounding(self.grid.qmin(self.bits), self.grid.qmax(self.bits))
-        bounds = self.bounds()
+        corrections, bounds = Corrections(self.errors, factor), self.bounds()
         for end, start in zip(bounds, bounds[1:], strict=False):
             block, codes = self.errors[:, start:end], self.codes[:, start:end]
             # groups whose first column is in this block: first to past; they reach down to reach
             first, past = (-(-(len(self.order) - p) // self.group_size) for p in (end, start))
             fitting = self.fits_on_the_way and first < past
             reach = len(self.order) - past * self.group_size if fitting else start
-            pulled = self.errors[:, end:] @ factor[end:, reach:end]
+            pulled = corrections.of(reach, end)
             torch.add(block, pulled[:, start - reach :], out=codes)
             if fitting:
                 self.fit_groups(first, past, pulled, factor[reach:end, reach:end])
             affine = (self.scale, self.zero_point)
             square = factor[start:end, start:end]
             round_columns_(codes, block, square, affine, rounding, self.group_of[start:end])
-        return self.result(damping)
 
     def bounds(self) -> list[int]:
         """Where blocks of columns begin and end, in the order of the walk: downwards to 0."""
@@ -188,16 +192,16 @@ class _Columns:
 
     def result(self, damping: float) -> QuantizedWeight:
         """Everything back in the original order of the columns."""
-        del self.errors
         back = self.order.argsort()
         codes, index = self.codes.index_select(1, back), self.group_of[back]
         scattered = self.config.act_order and self.fits_on_the_way
         if scattered:
             affine = Affine(*(t.index_select(1, index) for t in (self.scale, self.zero_point)))
             values = self.grid.decode(codes, affine)
-        else:
-            affine = Affine(self.scale.unsqueeze(-1), self.zero_point.unsqueeze(-1))
-            values = self.grid.decode(codes.unflatten(1, (-1, self.group_size)), affine).flatten(1)
+        else:  # the same where the errors were, which nobody needs any more
+            grouped, room = (t.unflatten(1, (-1, self.group_size)) for t in (codes, self.errors))
+            torch.sub(grouped, self.zero_point.unsqueeze(-1), out=room)
+            values = room.mul_(self.scale.unsqueeze(-1)).flatten(1)
         return QuantizedWeight(
             weight=values,
             codes=codes,

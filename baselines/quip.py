@@ -27,6 +27,7 @@ from qbench import (
     Affine,
     Baseline,
     CannotQuantize,
+    Corrections,
     QBenchError,
     QuantizedWeight,
     Rounding,
@@ -50,6 +51,7 @@ class QuIP(Baseline):
     version: ClassVar[int] = 2
     weight_statistics: ClassVar[tuple[str, ...]] = ("hessian",)
     on_grid: ClassVar[bool] = False
+    weights_ignore_activations: ClassVar[bool] = True
 
     rounding: str = "ldlq"
     """ldlq; ldlq_rg (columns by the diagonal of H, then greedy passes); greedy; nearest."""
@@ -201,10 +203,11 @@ def ldlq(target: Tensor, factor: Tensor, limits: Limits, block_size: int = 128) 
             in one product (the result is the same).
     """
     codes, error = torch.empty_like(target), target.clone()
+    corrections = Corrections(error, factor)
     for end in range(target.shape[1], 0, -block_size):
         start = max(end - block_size, 0)
         block = error[:, start:end]
-        torch.add(block, error[:, end:] @ factor[end:, start:end], out=codes[:, start:end])
+        torch.add(block, corrections.of(start, end), out=codes[:, start:end])
         square = factor[start:end, start:end]
         round_columns_(codes[:, start:end], block, square, code_units(target), limits.rounding())
     return codes

@@ -1,0 +1,270 @@
+"""What one calibration pass or one quantized copy serves, and that sharing changes no number."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from cli_fixtures import DATA, qbench
+from invented_architecture import odd_model, odd_windows
+
+from qbench import Baseline, evaluate, quantize_model, round_to_nearest
+from qbench.models.blocks import find_blocks
+from qbench.models.bypass import Bypass, bypass_of
+from qbench.models.bypass import same as alike
+from qbench.models.streaming import resident
+from qbench.quantization import calibration, passes
+from qbench.quantization.activations import activations_off, scales_per_sequence
+from qbench.quantization.calibration import capture
+from qbench.quantization.outcome import batching_of, quantization_of
+from qbench.quantization.passes import Calibration
+from qbench.quantization.quantize import requantize_activations
+from qbench.registry import load_baseline
+from qbench.scheme import Scheme
+from qbench.study import supply
+from qbench.study.cells import Cell
+from qbench.study.sweep import Sweep
+from qbench.testing import ARCHITECTURES, tiny_checkpoint, tiny_model, tiny_tokenizer, tiny_windows
+
+WINDOWS = tiny_windows(6, 24)
+BASELINES = ["rtn", "absmax", "smoothquant", "gptq", "quip"]
+
+
+def weights(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=tiny_windows(3, 20, seed=9)).logits
+
+
+# --- running around the blocks --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_what_blocks_are_called_with_is_found_without_running_them(architecture, monkeypatch):
+    model, windows = tiny_model(architecture), tiny_windows(4, 16)
+    assert not bypass_of(model, lambda name: resident(model, name)).refused
+    with torch.no_grad():
+        around = capture(model, windows, 2)
+        refusing = Bypass(refused="to see the other way")
+        monkeypatch.setattr(calibration, "bypass_of", lambda *_: refusing)
+        whole = capture(model, windows, 2)
+    assert all(torch.equal(a, b) for a, b in zip(around.hidden, whole.hidden, strict=True))
+    for name in whole.calls:
+        assert alike(around.calls[name], whole.calls[name])
+
+
+def test_capturing_runs_no_block(monkeypatch):
+    model = tiny_model()
+    bypass_of(model, lambda name: resident(model, name))
+    ran = []
+    for _, block in find_blocks(model):
+        block.mlp.register_forward_hook(lambda *_: ran.append(1))
+    with torch.no_grad():
+        capture(model, WINDOWS)
+    assert not ran
+
+
+def test_a_model_whose_blocks_depend_on_each_other_runs_whole():
+    """Its second block is told what the first one made of the text."""
+    model = tiny_model()
+    first, second = (block for _, block in find_blocks(model))
+    told = []
+    first.register_forward_hook(lambda module, args, output: told.append(output.mean()))
+    second.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, kwargs | {"said": told[-1] if told else None}),
+        with_kwargs=True,
+    )
+    forward = type(second).forward
+    second.forward = lambda *args, said, **kwargs: forward(second, *args, **kwargs)
+    found = bypass_of(model, lambda name: resident(model, name))
+    assert "depends on what they compute" in found.refused
+    with torch.no_grad():
+        captured = capture(model, WINDOWS[:2])
+    first_said, second_said = (call[1]["said"] for call in captured.calls["model.layers.1"])
+    assert first_said != second_said
+
+
+# --- one calibration for many cells ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("baseline", BASELINES)
+@pytest.mark.parametrize("scheme", ["W4A16", "W8A8:static"])
+def test_a_shared_calibration_gives_the_weights_of_one_of_its_own(baseline, scheme):
+    model = tiny_model()
+    shared = Calibration(model, WINDOWS)
+    for other in ("smoothquant", "gptq"):  # what was asked for before changes nothing
+        quantize_model(copy.deepcopy(model), other, "W8A8", shared)
+    one, other = copy.deepcopy(model), copy.deepcopy(model)
+    found = quantize_model(one, baseline, scheme, shared)
+    expected = quantize_model(other, baseline, scheme, WINDOWS)
+    assert same(weights(one), weights(other))
+    assert torch.equal(logits(one), logits(other))
+    assert found.notes == expected.notes
+    assert same(weights(model), weights(tiny_model()))
+
+
+def test_statistics_of_the_full_precision_model_are_collected_once(monkeypatch):
+    model, ran = tiny_model(), []
+    collect = passes.collect
+    monkeypatch.setattr(passes, "collect", lambda *a: (ran.append(a[0].name), collect(*a))[1])
+    shared = Calibration(model, WINDOWS)
+    for scheme in ("W8A8", "W4A4", "W1A8"):
+        quantize_model(copy.deepcopy(model), "smoothquant", scheme, shared)
+    assert ran == ["model.layers.0", "model.layers.1"]
+
+
+def test_methods_share_the_hessians_of_the_first_block(monkeypatch):
+    model, ran = tiny_model(), []
+    collect = passes.collect
+    monkeypatch.setattr(passes, "collect", lambda *a: (ran.append(a[0].name), collect(*a))[1])
+    shared = Calibration(model, WINDOWS)
+    for baseline, scheme in (("gptq", "W4A16"), ("gptq", "W2A16"), ("quip", "W4A16")):
+        quantize_model(copy.deepcopy(model), baseline, scheme, shared)
+    assert ran.count("model.layers.0") == 1
+
+
+@dataclass(frozen=True)
+class Looking(Baseline):
+    """Reads every batch that enters and leaves a block in full precision."""
+
+    transform_statistics = ("absmax",)
+    calibrate_on = "full_precision"
+    seen: ClassVar[list[tuple[torch.Tensor, torch.Tensor]]] = []
+
+    def transform(self, block, context):
+        before = torch.cat(list(context.inputs))
+        self.seen.append((before, torch.cat(list(context.reference_outputs))))
+
+    def quantize_weight(self, weight, scheme, stats, generator):
+        return round_to_nearest(weight, scheme)
+
+
+def test_a_method_may_look_into_batches_that_were_not_kept():
+    model = tiny_model()
+    shared = Calibration(model, WINDOWS)
+    Looking.seen.clear()
+    for scheme in ("W4A16", "W3A16"):
+        quantize_model(copy.deepcopy(model), Looking(), scheme, shared)
+    first, second = Looking.seen[:2], Looking.seen[2:]
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one[0], other[0])
+        assert torch.equal(one[1], other[1])
+    assert torch.equal(first[0][1], first[1][0])
+
+
+def test_experts_in_one_tensor_compute_as_before_after_their_inputs_were_seen():
+    model = tiny_model("mixtral")
+    before = logits(model)
+    shared = Calibration(model, WINDOWS)
+    quantize_model(copy.deepcopy(model), "smoothquant", "W8A8", shared)
+    assert torch.equal(logits(model), before)
+
+
+# --- one quantized copy for many activation widths ------------------------------------------------
+
+
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_other_activations_on_the_same_weights_are_those_of_a_new_quantization(baseline):
+    model = tiny_model()
+    result = quantize_model(model, baseline, "W4A16", WINDOWS)
+    for text in ("W4A8", "W4A4:a=tensor", "W4A8KV4", "W4A16"):
+        scheme = quantized(baseline, text)
+        result = requantize_activations(model, scheme, result)
+        expected = tiny_model()
+        other = quantize_model(expected, baseline, text, WINDOWS)
+        assert torch.equal(logits(model), logits(expected))
+        assert result.scheme == other.scheme
+        assert [r.scheme for r in result.layers] == [r.scheme for r in other.layers]
+        assert batching_of(model) == batching_of(expected)
+
+
+def quantized(baseline, text):
+    return Cell.of(load_baseline(baseline), Scheme.parse(text)).scheme
+
+
+def test_a_sweep_quantizes_once_for_cells_that_differ_in_activations(tmp_path, monkeypatch):
+    folder = tiny_checkpoint(tmp_path / "tiny")
+    calls = []
+    quantize = supply.quantize_model
+    monkeypatch.setattr(
+        supply, "quantize_model", lambda *a, **k: (calls.append(str(a[2])), quantize(*a, **k))[1]
+    )
+    (tmp_path / "sweep.yaml").write_text(
+        f"""
+checkpoints: [{folder}]
+baselines: [none, rtn, gptq]
+schemes: [W4A16, W3A16, W4A8, "W4A8:static"]
+calibration: {{source: wikitext2, nsamples: 4, seqlen: 16}}
+tasks: [arc_easy]
+limit: 2
+data: {DATA}
+results: {tmp_path / "runs"}
+"""
+    )
+    qbench("sweep", tmp_path / "sweep.yaml")
+    # W4 (W4A8 on the same copy), W3, static
+    assert len(calls) == 3 + 3
+
+
+def test_cells_with_the_same_weights_stand_together(tmp_path):
+    sweep = Sweep(
+        checkpoints=["any"],
+        baselines=["gptq"],
+        schemes=["W4A16", "W2A16", "W4A8", "W2A4"],
+        tasks=["piqa"],
+    )
+    assert [cell.scheme.label for cell in sweep.cells()] == ["W4A16", "W4A8", "W2A16", "W2A4"]
+
+
+# --- scales over the whole input ------------------------------------------------------------------
+
+
+def test_activation_quantizers_can_be_switched_off_for_a_while():
+    model, only_weights = tiny_model(), tiny_model()
+    quantize_model(model, "rtn", "W4A4KV4:bmm", WINDOWS)
+    quantize_model(only_weights, "rtn", "W4A16", WINDOWS)
+    with activations_off(model):
+        assert torch.equal(logits(model), logits(only_weights))
+    assert not torch.equal(logits(model), logits(only_weights))
+
+
+def test_scales_per_sequence_are_those_of_each_sequence_alone():
+    model, ids = tiny_model(), tiny_windows(3, 20, seed=9)
+    quantize_model(model, "absmax", "W8A4:a=tensor", WINDOWS)
+    assert batching_of(model) == "equal length"
+    with torch.no_grad():
+        alone = torch.cat([model(input_ids=row[None]).logits for row in ids])
+        together = model(input_ids=ids).logits
+        with scales_per_sequence(model):
+            apart = model(input_ids=ids).logits
+    # rounding ties may fall otherwise in a product of another shape
+    assert (apart - alone).abs().median() < 1e-6
+    assert (together - alone).abs().median() > 1e-4
+
+
+def test_routed_experts_lose_their_sequences_so_that_every_row_runs_alone():
+    model = odd_model()
+    quantize_model(model, "absmax", "W8A8:a=tensor", odd_windows())
+    assert not quantization_of(model).sees_sequences
+    assert batching_of(model) == "one row"
+
+
+def test_equal_rows_together_score_as_every_row_alone():
+    model = tiny_model()
+    quantize_model(model, "absmax", "W8A8:a=tensor", WINDOWS)
+    options = {"limit": 6, "data_dir": DATA}
+    found = evaluate(model, tiny_tokenizer(), ["arc_easy"], **options)["arc_easy"]
+    alone = evaluate(model, tiny_tokenizer(), ["arc_easy"], batching="one row", **options)
+    assert found.details["batching"] == "equal length"
+    differences = found.items["loglikelihood"] - alone["arc_easy"].items["loglikelihood"]
+    assert abs(differences).max() < 0.05 * abs(found.items["loglikelihood"]).mean()
