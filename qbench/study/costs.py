@@ -142,10 +142,10 @@ def _quantizing(shape: ModelShape, work: Work) -> float:
     """Bytes beside weights and activations at the peak of quantizing a block."""
     if not work.quantizes:
         return 0.0
-    matrices = [(i.n_inputs, i.n_outputs) for block in shape.blocks for i in block.inputs]
-    rounding = 4 * _COPIES * max(n * m for n, m in matrices)
-    if work.hessians:
-        rounding += 2 * 4 * max(n for n, _ in matrices) ** 2
+    factors = 8 if work.hessians else 0
+    rounding = max(
+        4 * _COPIES * i.n_inputs * i.n_outputs + factors * i.n_inputs**2 for i in _inputs(shape)
+    )
     running = _running(shape, work.calibration_batch, work.width)
     return max(rounding, running) + max(_hessian_bytes(b, work) for b in shape.blocks)
 
