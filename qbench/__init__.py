@@ -15,6 +15,7 @@ _HOME = {
     "Affine": "grid",
     "Baseline": "baseline",
     "CannotQuantize": "quantization.factorize",
+    "Corrections": "quantization.columns",
     "Observer": "quantization.observers",
     "QBenchError": "errors",
     "QuantizedWeight": "grid",
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from qbench.grid import rows_of as rows_of
     from qbench.grid import search_clip as search_clip
     from qbench.models.checkpoints import load_checkpoint as load_checkpoint
+    from qbench.quantization.columns import Corrections as Corrections
     from qbench.quantization.columns import Rounding as Rounding
     from qbench.quantization.columns import round_columns_ as round_columns_
     from qbench.quantization.factorize import CannotQuantize as CannotQuantize

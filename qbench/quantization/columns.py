@@ -33,6 +33,31 @@ class Rounding(NamedTuple):
     """Ties go up, as QuIP's code rounds; otherwise to even, as GPTQ's does."""
 
 
+class Corrections:
+    """What rounded columns add to others: errors (rows, n) times a factor (n, n), in two levels.
+
+    A product of all rounded columns with one block is a narrow one; so the far columns of several
+    blocks are multiplied at once, and only the near ones block by block. ``errors`` is read when
+    asked: columns from ``end`` on must have been rounded by then, and blocks come downwards.
+    """
+
+    def __init__(self, errors: Tensor, factor: Tensor, width: int = 512) -> None:
+        self.errors, self.factor, self.width = errors, factor, width
+        self.top = self.bottom = errors.shape[1]
+        self.far: Tensor | None = None
+
+    def of(self, start: int, end: int) -> Tensor:
+        """Of columns ``start`` to ``end`` by all from ``end`` on, (rows, end - start)."""
+        errors, factor = self.errors, self.factor
+        if end <= self.bottom:
+            self.top, self.bottom = end, max(end - self.width, 0)
+            self.far = errors[:, end:] @ factor[end:, self.bottom : end]
+        if start < self.bottom or self.far is None:
+            return errors[:, end:] @ factor[end:, start:end]
+        near = errors[:, end : self.top] @ factor[end : self.top, start:end]
+        return near.add_(self.far[:, start - self.bottom : end - self.bottom])
+
+
 def round_columns_(
     current: Tensor,
     original: Tensor,
