@@ -46,7 +46,7 @@ def lm_eval_definitions(data: Path, folder: Path, tasks: Iterable[str]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     pinned = pinned_tasks()
     for task in tasks:
-        split = TASK_SPLITS.get(task) or _only_split(data, task)
+        split = existing_split(data, task)
         fields = {
             "include": str(pinned[task]),
             "task": task,
@@ -63,8 +63,8 @@ def lm_eval_definitions(data: Path, folder: Path, tasks: Iterable[str]) -> Path:
     return folder
 
 
-def _only_split(data: Path, task: str) -> str:
-    """The split of a task that is not among the eight: the first of test and validation there."""
+def existing_split(data: Path, task: str) -> str:
+    """The split a task is measured on: its test split if the folder has that, else validation."""
     splits = ("test", "validation")
     return next(s for s in splits if (data / f"tasks/{task}/{s}.jsonl").is_file())
 

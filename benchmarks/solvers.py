@@ -111,18 +111,22 @@ def auto_gptq_side(weight: Tensor, hessian: Tensor) -> Any:
 
 
 def published_ldlq(weight: Tensor, hessian: Tensor, bits: int = 4) -> Tensor:
-    """QuIP eq. 2 as published: per-row grid, then columns from last to first.
+    """LDLQ on per-row grids, without incoherence processing."""
+    levels = 2**bits - 1
+    low = weight.amin(1, keepdim=True).clamp(max=0)
+    scale = (weight.amax(1, keepdim=True).clamp(min=0) - low) / levels
+    zero = (-low / scale).round()
+    target = (weight / scale + zero).clamp(0, levels)
+    return (published_ldlq_codes(target, hessian, levels) - zero) * scale
+
+
+def published_ldlq_codes(target: Tensor, hessian: Tensor, levels: int) -> Tensor:
+    """QuIP eq. 2 as published, columns from last to first.
 
     Ŵ_k = Q(W_k + (W - Ŵ) L_k), with H = (L + I) D (L + I)ᵀ, rounding half up, 1 % damping.
     """
     import torch
 
-    levels = 2**bits - 1
-    low = weight.amin(1, keepdim=True).clamp(max=0)
-    high = weight.amax(1, keepdim=True).clamp(min=0)
-    scale = (high - low) / levels
-    zero = torch.round(-low / scale)
-    target = (weight / scale + zero).clamp(0, levels)
     hessian = hessian.clone()
     hessian.diagonal().add_(0.01 * hessian.diagonal().mean())
     factor = torch.linalg.cholesky(hessian)
@@ -132,7 +136,7 @@ def published_ldlq(weight: Tensor, hessian: Tensor, bits: int = 4) -> Tensor:
     for k in reversed(range(target.shape[1])):
         pull = (target[:, k + 1 :] - codes[:, k + 1 :]) @ factor[k + 1 :, k]
         codes[:, k] = torch.floor(target[:, k] + pull + 0.5).clamp(0, levels)
-    return (codes - zero) * scale
+    return codes
 
 
 def proxy_loss(rounded: Tensor, weight: Tensor, hessian: Tensor) -> float:

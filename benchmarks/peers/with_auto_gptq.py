@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,39 +48,54 @@ def first_inputs(model: Any, windows: Tensor) -> tuple[list[Tensor], dict[str, A
 
 
 @torch.no_grad()
-def quantize(
-    model: Any, windows: Tensor, classes: tuple[Any, Any], bits: int = 4, group_size: int = 128
-) -> None:
-    """Round every linear of the decoder blocks in place.
+def walk(model: Any, windows: Tensor, make: Callable[[nn.Linear], Any]) -> None:
+    """Round every linear of the decoder blocks in place, block by block.
 
     Args:
         model: a Llama of transformers in eval mode.
         windows: token ids (nsamples, seqlen).
-        classes: auto-gptq's GPTQ and Quantizer.
-        bits: of the weights, asymmetric.
-        group_size: columns that share a scale; -1 is the whole row.
+        make: a solver for one linear, with ``add_batch(input, output)`` and ``finish()``.
     """
-    solver_class, quantizer_class = classes
     inputs, arguments = first_inputs(model, windows)
     for block in model.model.layers:
-        linears = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
-        solvers = {name: solver_class(linear) for name, linear in linears.items()}
-        handles = []
-        for name, linear in linears.items():
-            solver = solvers[name]
-            solver.quantizer = quantizer_class()
-            solver.quantizer.configure(bits, perchannel=True, sym=False, mse=False)
-            hook = _adder(solver)
-            handles.append(linear.register_forward_hook(hook))
+        linears = [m for m in block.modules() if isinstance(m, nn.Linear)]
+        solvers = [make(linear) for linear in linears]
+        hooks = [_adder(solver) for solver in solvers]
+        pairs = zip(linears, hooks, strict=True)
+        handles = [linear.register_forward_hook(hook) for linear, hook in pairs]
         for hidden in inputs:
             block(hidden, **arguments)
         for handle in handles:
             handle.remove()
-        for solver in solvers.values():
-            with contextlib.redirect_stdout(io.StringIO()):
-                solver.fasterquant(percdamp=0.01, group_size=group_size)
-            solver.free()
+        for solver in solvers:
+            solver.finish()
         inputs = [_tensor(block(hidden, **arguments)) for hidden in inputs]
+
+
+class Solver:
+    """auto-gptq's GPTQ on one linear."""
+
+    def __init__(
+        self, linear: nn.Linear, classes: tuple[Any, Any], bits: int, group_size: int
+    ) -> None:
+        solver_class, quantizer_class = classes
+        self.own, self.group_size = solver_class(linear), group_size
+        self.own.quantizer = quantizer_class()
+        self.own.quantizer.configure(bits, perchannel=True, sym=False, mse=False)
+        self.add_batch = self.own.add_batch
+
+    def finish(self) -> None:
+        """Round the weight in place."""
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.own.fasterquant(percdamp=0.01, group_size=self.group_size)
+        self.own.free()
+
+
+def quantize(
+    model: Any, windows: Tensor, classes: tuple[Any, Any], bits: int = 4, group_size: int = 128
+) -> None:
+    """GPTQ over a whole model (:func:`walk`), asymmetric; a group of -1 is the whole row."""
+    walk(model, windows, lambda linear: Solver(linear, classes, bits, group_size))
 
 
 def _adder(solver: Any) -> Any:
