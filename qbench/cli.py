@@ -112,8 +112,9 @@ def run(
         bool, typer.Option("--latent", help="A BitNet's latent weights, as an ordinary model.")
     ] = False,
     stream: Annotated[
-        bool, typer.Option("--stream", help="One decoder block in memory at a time.")
-    ] = False,
+        bool | None,
+        typer.Option(help="One decoder block in memory at a time.", show_default="if it must be"),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what it would take, and do nothing.")
     ] = False,

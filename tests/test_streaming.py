@@ -20,6 +20,7 @@ from qbench.models.checkpoints import find_checkpoint
 from qbench.models.streaming import open_streamed, resident, save_streamed, stream_of
 from qbench.quantization.outcome import quantization_of
 from qbench.registry import load_baseline
+from qbench.study import supply
 from qbench.testing import ARCHITECTURES, tiny_checkpoint, tiny_tokenizer, tiny_windows
 
 WINDOWS = tiny_windows(6, 24)
@@ -281,3 +282,20 @@ def timeless(record):
     own.pop("created")
     own["layers"] = [{**layer, "seconds": None} for layer in record.get("layers", [])]
     return own
+
+
+def test_what_does_not_fit_into_memory_twice_is_streamed_unless_forbidden(
+    tiny, text, tmp_path, monkeypatch
+):
+    options = ["--scheme", "W4A16", "--baseline", "rtn", "--tasks", f"{text}@gptq-16"]
+    opened = []
+    real = streaming.open_streamed
+    monkeypatch.setattr(streaming, "open_streamed", lambda *a: (opened.append(a), real(*a))[1])
+    qbench("run", tiny, *options, "--results", tmp_path / "much")
+    assert not opened
+    monkeypatch.setattr(supply, "free_memory", lambda device: 1000)
+    qbench("run", tiny, *options, "--results", tmp_path / "whole", "--no-stream")
+    assert not opened
+    result = qbench("run", tiny, *options, "--results", tmp_path / "little")
+    assert len(opened) == 1
+    assert "two copies of its weights do not fit into memory" in result.stderr

@@ -22,8 +22,8 @@ class Settings:
     dtype: str = "float32"
     device: str = "cpu"
     retry_failed: bool = False
-    stream: bool = False
-    """Keep decoder blocks on disk and bring them in one at a time."""
+    stream: bool | None = None
+    """Keep decoder blocks on disk and bring them in one at a time; None where memory needs it."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qbench.errors import QBenchError, RunFailed
 from qbench.evaluation.tasks import PreparedTask
-from qbench.models.checkpoints import Checkpoint, find_checkpoint
+from qbench.models.checkpoints import find_checkpoint
 from qbench.models.checks import check_device, check_dtype
 from qbench.models.files import data_folder
 from qbench.progress import Reporter
@@ -19,6 +19,7 @@ from qbench.scheme import Scheme
 from qbench.study.cells import Cell, CellPlan, Settings
 from qbench.study.runner import PreparedKey, Workbench
 from qbench.study.store import Store
+from qbench.study.supply import is_streamed
 from qbench.study.sweep import Sweep
 
 
@@ -66,7 +67,7 @@ def run(chosen: Run, settings: Settings, results: Path) -> int:
         return _print_plan([(bench, cell)])
     reporter = Reporter()
     reporter.line(f"{checkpoint.name} · {cell}")
-    _report_loading(checkpoint, reporter)
+    _report_loading(bench, reporter)
     plan = bench.plan(cell)
     for spec in plan.stored:
         stored = store.find_task(checkpoint.name, plan.key, bench.task_key(plan.key, spec))
@@ -94,9 +95,14 @@ def _print_plan(cells: Sequence[tuple[Workbench, Cell]]) -> int:
     return 0
 
 
-def _report_loading(checkpoint: Checkpoint, reporter: Reporter) -> None:
-    for line in checkpoint.load_report:
+def _report_loading(bench: Workbench, reporter: Reporter) -> None:
+    for line in bench.checkpoint.load_report:
         reporter.line(f"    {line}")
+    if bench.settings.stream is None and is_streamed(bench.checkpoint, bench.settings):
+        reporter.line(
+            "    two copies of its weights do not fit into memory: its blocks are streamed from "
+            "disk (--no-stream, stream: false in a sweep, loads it whole)"
+        )
 
 
 def _print_outcome(record: QuantizationRecord | TaskRecord, suffix: str = "") -> None:
@@ -171,7 +177,7 @@ def _run_plans(plans: Sequence[tuple[Workbench, CellPlan]], reporter: Reporter) 
                 running.release()
             running = bench
             if any(not other.is_done for owner, other in plans if owner is bench):
-                _report_loading(bench.checkpoint, reporter)
+                _report_loading(bench, reporter)
         failures += plan.failed_tasks
         head = f"[{number}/{len(plans)}] {bench.checkpoint.name} · {plan.cell}"
         if plan.is_done and not plan.not_applicable:

@@ -24,6 +24,8 @@ from qbench.quantization.outcome import Quantization
 from qbench.quantization.quantize import Progress, quantize_model, requantize_activations
 from qbench.scheme import Scheme
 from qbench.study.cells import Cell, Settings
+from qbench.study.costs import WIDTHS
+from qbench.study.speed import free_memory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,18 +65,29 @@ class Supply(ABC):
 
 
 def supply_of(checkpoint: Checkpoint, settings: Settings) -> Supply:
-    """The supply that the settings ask for.
+    """The supply that the settings ask for, or that fits into memory.
 
     Raises:
-        QBenchError: for a checkpoint that cannot be streamed.
+        QBenchError: for a checkpoint that is asked to be streamed and cannot be.
     """
-    if not settings.stream:
+    if not is_streamed(checkpoint, settings):
         return InMemory(checkpoint, settings)
     from qbench.models.streaming import why_not_streamed
 
     if reason := why_not_streamed(checkpoint):
         raise QBenchError(f"{reason}; leave out --stream")
     return Streamed(checkpoint, settings)
+
+
+def is_streamed(checkpoint: Checkpoint, settings: Settings) -> bool:
+    """Whether blocks stay on disk: as asked, or where two copies of the weights do not fit."""
+    from qbench.models.streaming import why_not_streamed
+
+    if settings.stream is not None:
+        return settings.stream
+    free = free_memory(settings.device)
+    needed = 2 * checkpoint.parameters * WIDTHS[settings.dtype]
+    return free is not None and needed > free and why_not_streamed(checkpoint) is None
 
 
 @dataclass

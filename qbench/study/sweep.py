@@ -94,8 +94,9 @@ class Sweep(_Strict):
     device: str = "cpu"
     dtype: str = "float32"
     seed: int = 0
-    stream: bool = False
-    """Keep decoder blocks on disk and bring them in one at a time."""
+    stream: bool | None = None
+    """Keep decoder blocks on disk and bring them in one at a time; where it is not said, when two
+    copies of the weights do not fit into memory."""
 
     @classmethod
     def read(cls, path: Path) -> Sweep:
