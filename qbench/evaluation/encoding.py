@@ -9,6 +9,7 @@ Left out: chat templates; sequence-to-sequence models.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,9 @@ from qbench.evaluation.packing import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+_TEXTS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -37,20 +41,55 @@ class Encoder:
         self.tokenizer = tokenizer
         self.encoding = encoding
         self.bos = own_bos(tokenizer) if encoding == "joint+bos" else None
+        self._known: dict[tuple[str, bool], list[int]] = {}
+
+    def pairs(self, requests: Sequence[tuple[str, str]]) -> list[Pair]:
+        """Encode many contexts and continuations: each text once, and many at a time.
+
+        A call of a tokenizer costs several times what a sentence does.
+        """
+        texts = {text for request in requests for text in self._texts(*request)}
+        for special in (False, True):
+            chosen = sorted(text for text, own in texts if own == special)
+            for start in range(0, len(chosen), _TEXTS_AT_ONCE):
+                part = chosen[start : start + _TEXTS_AT_ONCE]
+                found = self.tokenizer(
+                    part,
+                    add_special_tokens=special,
+                    return_attention_mask=False,
+                    return_token_type_ids=False,
+                    verbose=False,
+                )
+                for text, ids in zip(part, found["input_ids"], strict=True):
+                    self._known[text, special] = list(ids)
+        try:
+            return [self.pair(*request) for request in requests]
+        finally:
+            self._known = {}
+
+    def _texts(self, context: str, continuation: str) -> list[tuple[str, bool]]:
+        """What :meth:`pair` encodes, and whether with special tokens."""
+        if self.encoding == "lmeval03":
+            return [(context.strip(), True), (continuation.strip(), False)]
+        return [(context + continuation, False), (context.rstrip(), False)]
+
+    def _ids(self, text: str, special: bool = False) -> list[int]:
+        known = self._known.get((text, special))
+        return encode(self.tokenizer, text, special) if known is None else known
 
     def pair(self, context: str, continuation: str) -> Pair:
         """Encode a context and what follows it."""
         if self.encoding == "lmeval03":
             context = context.strip()
-            ids = encode(self.tokenizer, context) if context else [self._end()]
-            return Pair(ids, encode(self.tokenizer, continuation.strip(), special=False))
+            ids = self._ids(context, special=True) if context else [self._end()]
+            return Pair(ids, self._ids(continuation.strip()))
         # blanks at the end of the context belong to the word that follows
         bare = context.rstrip()
         continuation = context[len(bare) :] + continuation
         return self._joint(bare, continuation) if bare else self._without_context(continuation)
 
     def _without_context(self, continuation: str) -> Pair:
-        ids = encode(self.tokenizer, continuation, special=False)
+        ids = self._ids(continuation)
         start = prefix_token(self.tokenizer)
         # a continuation that brings its own BOS is not given a second one
         return Pair(ids[:1], ids[1:]) if ids[:1] == [start] else Pair([start], ids)
@@ -68,7 +107,7 @@ class Encoder:
         return Pair(whole[:split], whole[split:], spanning)
 
     def _text(self, text: str) -> list[int]:
-        ids = encode(self.tokenizer, text, special=False)
+        ids = self._ids(text)
         return ids if self.bos is None or ids[:1] == [self.bos] else [self.bos, *ids]
 
     def _end(self) -> int:
@@ -127,3 +166,9 @@ def rolling_rows(tokens: list[int], prefix: int, max_length: int) -> list[Row]:
         end = min(start + max_length, len(tokens))
         rows.append(Row(text[max(0, end - max_length) : end + 1], end - start))
     return rows
+
+
+def text_rows(tokenizer: PreTrainedTokenizerBase, text: str, max_length: int) -> list[Row]:
+    """Rows that score a whole text, whatever the encoding of pairs is."""
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return rolling_rows(list(ids), prefix_token(tokenizer), max_length)

@@ -11,16 +11,16 @@ assertions on long continuations and on tokens that span the join. Generation is
 from __future__ import annotations
 
 import copy
-import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lm_eval.models.huggingface import HFLM
 
-from qbench.evaluation.encoding import Encoder, Pair, pair_rows, prefix_token, rolling_rows
+from qbench.evaluation.encoding import Encoder, Pair, pair_rows, text_rows
 from qbench.evaluation.packing import PackedRows, Row
-from qbench.evaluation.scoring import Score, score
+from qbench.evaluation.prompts import quiet
+from qbench.evaluation.scoring import Score, per_request, score
 from qbench.evaluation.tasks import Progress
 
 if TYPE_CHECKING:
@@ -73,8 +73,11 @@ class QBenchLM(HFLM):
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
         """Log-likelihood and greediness of every (context, continuation)."""
-        pairs = [(r.args, *self._encode_pair(*r.args)) for r in requests]
-        return self._loglikelihood_tokens(pairs)
+        pairs = self.encoder.pairs([request.args for request in requests])
+        return [
+            (own.loglikelihood, own.is_greedy)
+            for own in self.score([pair_rows(pair, self.max_length) for pair in pairs])
+        ]
 
     def _loglikelihood_tokens(
         self,
@@ -95,33 +98,6 @@ class QBenchLM(HFLM):
     def rolling(self, text: str) -> list[Row]:
         """The rows of a rolling log-likelihood."""
         return text_rows(self.tokenizer, text, self.max_length)
-
-
-def per_request(scores: Iterable[Score], requests: Iterable[Sequence[Row]]) -> list[Score]:
-    """Scores of requests of one or more rows each, from those of the rows."""
-    found = iter(scores)
-    parts = [[next(found) for _ in rows] for rows in requests]
-    return [
-        Score(sum(s.loglikelihood for s in part), all(s.is_greedy for s in part)) for part in parts
-    ]
-
-
-def text_rows(tokenizer: PreTrainedTokenizerBase, text: str, max_length: int) -> list[Row]:
-    """Rows that score a whole text, whatever the encoding of pairs is."""
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return rolling_rows(list(ids), prefix_token(tokenizer), max_length)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep lm-eval's warnings to itself: about models in memory, defaults and samplers."""
-    logger = logging.getLogger("lm_eval")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 @contextmanager

@@ -207,6 +207,15 @@ def row_scores(batch: Batch, values: np.ndarray, greedy: np.ndarray) -> dict[int
     }
 
 
+def per_request(scores: Iterable[Score], requests: Iterable[Sequence[Row]]) -> list[Score]:
+    """Scores of requests of one or more rows each, from those of the rows."""
+    found = iter(scores)
+    parts = [[next(found) for _ in rows] for rows in requests]
+    return [
+        Score(sum(s.loglikelihood for s in part), all(s.is_greedy for s in part)) for part in parts
+    ]
+
+
 def lacks_memory(error: BaseException) -> bool:
     """Whether an error says that memory is lacking; the CPU's allocator has no class of its own."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):

@@ -11,25 +11,26 @@ out: its result cache, whose key lacks the model, and its request cache, whose k
 
 from __future__ import annotations
 
+import functools
 import json
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from lm_eval.api import metrics as lm_metrics
 from lm_eval.tasks import TaskManager
+from lm_eval.utils import env
 
 from qbench.errors import QBenchError, unknown
 from qbench.evaluation import estimates
 from qbench.evaluation.data import Rows, hash_json
 from qbench.evaluation.definitions import load_splits, pinned_tasks, read_definition, task_splits
-from qbench.evaluation.encoding import Encoder, pair_rows
-from qbench.evaluation.lm import QBenchLM, per_request, quiet, text_rows
+from qbench.evaluation.encoding import Encoder, pair_rows, text_rows
 from qbench.evaluation.packing import PackedRows, Row
-from qbench.evaluation.scoring import score
+from qbench.evaluation.prompts import build_questions, compiled_once, quiet
+from qbench.evaluation.scoring import per_request, score
 from qbench.evaluation.sharing import Sharing, test_sharing
 from qbench.evaluation.tasks import (
     DEFAULT_LENGTH,
@@ -43,26 +44,14 @@ from qbench.evaluation.tasks import (
 from qbench.record import Metric
 
 if TYPE_CHECKING:
-    from lm_eval.api.instance import Instance
     from lm_eval.api.task import ConfigurableTask
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from qbench.evaluation.lm import QBenchLM
 
 VERSION = 1
 """Raised when scoring gives other numbers; part of every key."""
 _SCORED = ("loglikelihood", "loglikelihood_rolling", "multiple_choice")
-
-
-@dataclass(frozen=True)
-class Question:
-    """A document and its requests."""
-
-    doc_id: int
-    doc: Mapping[str, Any]
-    requests: list[Instance]
-    gold: frozenset[int]
-    """Numbers of the right options; empty where there are no options."""
-    n_characters: list[int]
-    """Of each option, without the blank in front."""
 
 
 class ZeroShotTask(PreparedTask):
@@ -85,7 +74,8 @@ class ZeroShotTask(PreparedTask):
         self.options = options
         self.key_fields = key
         self.sources = sources
-        self.questions = _questions(task, spec)
+        with compiled_once(env):
+            self.questions = build_questions(task, spec)
         self.rows: list[list[Row]] = []
         """Of every request, in order; empty for a task that generates."""
         self.counts = {"truncated": 0, "windowed": 0, "spanning": 0}
@@ -94,12 +84,13 @@ class ZeroShotTask(PreparedTask):
         self.packed = PackedRows([row for rows in self.rows for row in rows])
 
     def _encode(self) -> None:
+        requests = [r for question in self.questions for r in question.requests]
+        if self.task.OUTPUT_TYPE == "loglikelihood_rolling":
+            texts = [request.args[0] for request in requests]
+            self.rows = [text_rows(self.tokenizer, text, self.max_length) for text in texts]
+            return
         encoder = Encoder(self.tokenizer, self.options.encoding)
-        for request in (r for question in self.questions for r in question.requests):
-            if request.request_type == "loglikelihood_rolling":
-                self.rows.append(text_rows(self.tokenizer, request.args[0], self.max_length))
-                continue
-            pair = encoder.pair(*request.args)
+        for pair in encoder.pairs([request.args for request in requests]):
             rows = pair_rows(pair, self.max_length)
             self.rows.append(rows)
             size = len(pair.context) + len(pair.continuation)
@@ -117,13 +108,17 @@ class ZeroShotTask(PreparedTask):
         """Score every option, then let lm-eval say what is right."""
         details: dict[str, Any] = {**self.counts, "sources": self.sources}
         if self.task.OUTPUT_TYPE not in _SCORED:
+            from qbench.evaluation.lm import QBenchLM  # half a second of imports
+
             lm = QBenchLM(model, self.tokenizer, self.max_length, self.options.encoding)
             return TaskResult(self._generated(lm), len(self.questions), details)
         scored = score(model, self.packed, self.options.batch_tokens, batching, progress, sharing)
         scores, details = per_request(scored.scores, self.rows), details | scored.details
         items = self._items([s.loglikelihood for s in scores], [s.is_greedy for s in scores])
         details["n_tokens"] = int(items["n_tokens"].sum())
-        return TaskResult(self._metrics(items), len(self.questions), details, items)
+        with compiled_once(env):
+            metrics = self._metrics(items)
+        return TaskResult(metrics, len(self.questions), details, items)
 
     def test_sharing(self, model: PreTrainedModel) -> Sharing | None:
         """Whether rows of this task may share their beginning on a model."""
@@ -216,29 +211,6 @@ def _accuracies(items: dict[str, np.ndarray]) -> dict[str, list[float]]:
     }
 
 
-def _questions(task: ConfigurableTask, spec: TaskSpec) -> list[Question]:
-    questions = []
-    multiple_choice = task.OUTPUT_TYPE == "multiple_choice"
-    for doc_id, doc in task.doc_iterator(limit=spec.limit):
-        context = task.fewshot_context(
-            doc, num_fewshot=spec.num_fewshot, gen_prefix=task.doc_to_prefix(doc)
-        )
-        made = task.construct_requests(doc=doc, ctx=context, metadata=(spec.name, doc_id, 1))
-        requests = made if isinstance(made, list) else [made]
-        if multiple_choice:
-            choices = task.doc_to_choice(doc)
-            # where the option stands in the context, what is scored is the shared continuation
-            scored = [task.doc_to_target(doc)] * len(choices) if task.multiple_input else choices
-            gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
-            gold = choices.index(gold) if isinstance(gold, str) and gold in choices else gold
-            right = frozenset(gold if isinstance(gold, list) else [gold])
-            questions.append(Question(doc_id, doc, requests, right, [len(c) for c in scored]))
-        else:
-            sizes = [len(str(request.args[-1]).strip()) for request in requests]
-            questions.append(Question(doc_id, doc, requests, frozenset(), sizes))
-    return questions
-
-
 def prepare_zeroshot(
     spec: TaskSpec,
     tokenizer: PreTrainedTokenizerBase,
@@ -286,7 +258,7 @@ def _find(name: str) -> tuple[TaskManager, str, Path]:
     with quiet():
         if path != Path():
             return TaskManager(include_path=str(path.parent), include_defaults=False), own, path
-        manager = TaskManager()
+        manager = _catalogue(TaskManager)
     entry = manager.task_index.get(name)
     if entry is None:
         raise unknown("task", name, [*known_tasks(), *manager.all_subtasks])
@@ -297,6 +269,12 @@ def _find(name: str) -> tuple[TaskManager, str, Path]:
             + (f", such as {', '.join(members)}" if members else "")
         )
     return manager, name, entry.yaml_path
+
+
+@functools.cache
+def _catalogue(manager: Callable[[], TaskManager]) -> TaskManager:
+    """lm-eval's whole catalogue, read once per process."""
+    return manager()
 
 
 def _build(
@@ -332,7 +310,7 @@ def _build(
         overrides |= {"test_split": evaluated, "fewshot_split": evaluated}
     if not num_fewshot:
         overrides |= {"fewshot_split": None, "fewshot_config": {"samples": []}}
-    with quiet():
+    with quiet(), compiled_once(env):
         # a group of one: the way in which lm-eval merges changes into a task it knows
         loaded = manager.load({"group": "qbench", "task": [overrides]})  # type: ignore[arg-type]
     (task,) = loaded["tasks"].values()
