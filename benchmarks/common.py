@@ -169,6 +169,13 @@ def own_child(module: str, arguments: Sequence[str], threads: int) -> dict[str, 
     return child([sys.executable, "-m", f"benchmarks.{module}", *arguments], threads)
 
 
+def qbench_command() -> list[str]:
+    """What starts the command line, with this interpreter."""
+    script = Path(sys.executable).parent / "qbench"
+    inline = [sys.executable, "-c", "from qbench.cli import main; main()"]
+    return [str(script)] if script.is_file() else inline
+
+
 def peak_memory() -> int:
     """Largest resident memory of this process so far, in bytes (0 where Linux does not say)."""
     try:
