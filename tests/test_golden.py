@@ -34,9 +34,12 @@ def by_id(cases):
 
 
 def test_the_streamed_hessian_is_the_references():
+    """Entries where the sum cancels are as far from the exact one in both: 2e-7 of √(H_ii H_jj)."""
     for matrix in "ac":
         found = hessian_statistics(matrix).hessian
-        assert torch.allclose(found, golden.tensors("inputs")[f"{matrix}.H_gptq"], rtol=1e-5)
+        expected = golden.tensors("inputs")[f"{matrix}.H_gptq"]
+        size = expected.diagonal().sqrt()
+        assert ((found - expected).abs() <= 5e-7 * size * size[:, None]).all()
 
 
 # at 1 bit the reference's symmetric codes are all zero, and qbench does not offer them

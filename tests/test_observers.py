@@ -82,6 +82,27 @@ def test_half_precision_inputs_are_accumulated_in_float32(sequences):
     assert seen([sequences.bfloat16()]).absmax.dtype == torch.float32
 
 
+@pytest.mark.parametrize("size", [1, 255, 257, 600])
+def test_a_hessian_of_several_panels_is_the_whole_product_and_symmetric(size):
+    x = torch.randn(2, 30, size, generator=torch.Generator().manual_seed(0))
+    stats = seen(x[:1], ("hessian",))
+    first = stats.hessian.clone()
+    stats.update(x[1:])
+    for found, part in ((first, x[:1]), (stats.hessian, x)):
+        flat = part.double().flatten(0, 1)
+        assert torch.equal(found, found.T)
+        assert torch.allclose(found.double(), 2 / len(part) * flat.T @ flat, rtol=1e-4, atol=1e-4)
+
+
+def test_inputs_cast_in_parts_give_what_they_give_at_once():
+    """5000 tokens of two sequences are five parts; all values are exact in bfloat16."""
+    x = torch.randint(-8, 9, (2, 2500, 5), generator=torch.Generator().manual_seed(0))
+    whole, parts = seen([x.float()]), seen([x.bfloat16()])
+    assert (parts.n_sequences, parts.n_tokens) == (2, 5000)
+    for name in ALL:
+        assert torch.equal(parts[name], whole[name])
+
+
 def test_statistics_of_nothing_are_none():
     stats = Statistics(ALL)
     stats.update(torch.empty(0, 16))

@@ -21,6 +21,11 @@ from qbench.errors import unknown
 
 T = TypeVar("T")
 
+PANEL = 256
+"""Rows of a hessian that are accumulated together."""
+CAST_TOKENS = 1024
+"""Tokens of lower precision that are cast to float32 together."""
+
 
 class Observer(ABC):
     """Accumulates one statistic over a stream of inputs."""
@@ -29,7 +34,10 @@ class Observer(ABC):
 
     @abstractmethod
     def update(self, x: Tensor, n_sequences: int) -> None:
-        """See inputs (tokens, in_features), float32, that came from ``n_sequences`` sequences."""
+        """See inputs (tokens, in_features), float32, that came from ``n_sequences`` sequences.
+
+        Inputs of lower precision arrive in several parts, the sequences counted with the first.
+        """
 
     @abstractmethod
     def result(self) -> Tensor | None:
@@ -75,26 +83,39 @@ class MeanAbs(Observer):
 
 
 class Hessian(Observer):
-    """H = (2/n) Σ x xᵀ over all tokens, n sequences; (in_features, in_features), float32."""
+    """H = (2/n) Σ x xᵀ over all tokens, n sequences; (in_features, in_features), float32.
+
+    H is symmetric: panels of rows are accumulated from their diagonal to the right, half of the
+    whole product, and mirrored when H is asked for.
+    """
 
     name = "hessian"
 
     def __init__(self) -> None:
-        self.value: Tensor | None = None
+        self.upper: Tensor | None = None
+        """What stands left of a panel on the diagonal is stale until it is mirrored."""
+        self.mirrored = True
         self.sequences = 0
 
     def update(self, x: Tensor, n_sequences: int) -> None:
         """Fold one batch into the running mean, which never outgrows its final size."""
         before, self.sequences = self.sequences, self.sequences + n_sequences
-        if self.value is None:
-            self.value = torch.zeros(x.shape[1], x.shape[1], device=x.device)
-        self.value.mul_(before / self.sequences)
-        scaled = x * (2.0 / self.sequences) ** 0.5
-        self.value.addmm_(scaled.T, scaled)
+        if self.upper is None:
+            self.upper = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+        kept, share = before / self.sequences, 2 / self.sequences
+        for start in range(0, len(self.upper), PANEL):
+            panel = self.upper[start : start + PANEL, start:]
+            panel.addmm_(x[:, start : start + PANEL].T, x[:, start:], beta=kept, alpha=share)
+        self.mirrored = False
 
     def result(self) -> Tensor | None:
-        """The mean so far."""
-        return self.value
+        """The mean so far; the observer's own matrix, not a copy."""
+        if self.upper is not None and not self.mirrored:
+            for start in range(0, len(self.upper), PANEL):
+                end = start + PANEL
+                self.upper[end:, start:end] = self.upper[start:end, end:].T
+            self.mirrored = True
+        return self.upper
 
 
 OBSERVERS: dict[str, type[Observer]] = {cls.name: cls for cls in (AbsMax, MeanAbs, Hessian)}
@@ -133,14 +154,16 @@ class Statistics:
         """
         if n_sequences is None:
             n_sequences = x.shape[0] if x.ndim == 3 else 1
-        flat = x.detach().reshape(-1, x.shape[-1]).float()
+        flat = x.detach().reshape(-1, x.shape[-1])
         if not flat.shape[0]:
             return
         self._cache.clear()
         self.n_tokens += flat.shape[0]
         self.n_sequences += n_sequences
-        for observer in self._observers.values():
-            observer.update(flat, n_sequences)
+        for part in (flat,) if flat.dtype == torch.float32 else flat.split(CAST_TOKENS):
+            for observer in self._observers.values():
+                observer.update(part.float(), n_sequences)
+            n_sequences = 0
 
     def __getitem__(self, name: str) -> Any:
         return self._observers[name].result()
