@@ -17,6 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from qbench.errors import QBenchError
+from qbench.threads import wait_passively
 
 
 class _Commands(TyperGroup):
@@ -62,8 +63,7 @@ DEFAULT_RESULTS = Path("results/runs")
 def main() -> None:
     """Run the command line."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # with as many OpenMP threads as cores, spinning at barriers costs small machines dearly
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    wait_passively()
     for stream in (sys.stdout, sys.stderr):  # a terminal without ± gets a question mark
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")

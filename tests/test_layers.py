@@ -22,7 +22,7 @@ SOURCES = sorted([*ROOT.glob("qbench/**/*.py"), *ROOT.glob("baselines/**/*.py")]
 BASELINES = sorted(ROOT.glob("baselines/*.py"))
 
 LAYERS = (  # from the ground up; the vocabulary is one layer, and so is each folder
-    ("errors", "scheme", "grid", "record", "registry", "baseline", "progress"),
+    ("errors", "scheme", "grid", "record", "registry", "baseline", "progress", "threads"),
     ("models",),
     ("quantization",),
     ("evaluation",),
@@ -37,7 +37,8 @@ RANK = {room: number for number, layer in enumerate(LAYERS) for room in layer}
 IMPORTS_LM_EVAL = {"qbench/evaluation/zeroshot.py", "qbench/evaluation/lm.py"}
 
 TORCH_FREE = """
-    qbench qbench.errors qbench.scheme qbench.record qbench.registry qbench.progress qbench.cli
+    qbench qbench.errors qbench.scheme qbench.record qbench.registry qbench.progress qbench.threads
+    qbench.cli
     qbench.evaluation.tasks qbench.evaluation.corpora qbench.evaluation.data
     qbench.evaluation.definitions qbench.evaluation.estimates
     qbench.models.checkpoints
