@@ -210,5 +210,6 @@ def test_rows_with_nothing_in_common_need_no_test():
     rows = [Row([k, 5, 6, 7], 1) for k in range(10, 20)]
     calls = []
     assert test_sharing(build("llama"), [rows[0]], counting(calls)).exact and not calls
-    found = score(build("mistral", sliding_window=2), PackedRows(rows[:1]), forward=logits_of)
-    assert "sharing" not in found.details
+    found = score(build("mistral", sliding_window=2), PackedRows(rows), forward=counting(calls))
+    assert found.details["batching"] == "padded" and not any(b.ends is not None for b in calls)
+    assert found.details["sharing"] == "off: it would save 0%"

@@ -32,6 +32,8 @@ CPU_TOKENS = 512
 """Default budget on a CPU: matrices are large enough to run at full speed, and fit its caches."""
 GPU_TOKENS = 16_384
 """Default budget on a GPU with memory enough."""
+WORTH_SHARING = 0.1
+"""Share of the tokens that trees have to save: attention under a mask costs about as much."""
 _LACKING = ("not enough memory", "can't allocate memory", "out of memory")
 
 
@@ -97,7 +99,9 @@ def score(
     details: dict[str, Any] = {}
     alone = scales_per_sequence(model) if policy == "equal length" else nullcontext()
     with torch.inference_mode(), alone:
-        if policy == "shared" and rows.are_shared(budget):
+        if policy == "shared" and (saved := rows.saved(budget)) < WORTH_SHARING:
+            policy, details["sharing"] = "padded", f"off: it would save {max(0, saved):.0%}"
+        elif policy == "shared":
             sharing = sharing_of(model, rows, sharing, run)
             details["sharing"] = sharing.reason
             policy = "shared" if sharing.exact else "padded"

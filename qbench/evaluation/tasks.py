@@ -191,7 +191,8 @@ class PreparedTask(ABC):
     def test_sharing(self, model: PreTrainedModel) -> Sharing | None:
         """Whether rows of this task may share their beginning on a model.
 
-        A sweep asks once per checkpoint, before it copies the model. None where nothing is shared.
+        The verdict is kept with the model, and copies inherit it: a sweep asks once per checkpoint,
+        before it makes copies. None where nothing is shared.
         """
         return None
 

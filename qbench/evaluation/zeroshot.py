@@ -31,7 +31,7 @@ from qbench.evaluation.encoding import Encoder, pair_rows, text_rows
 from qbench.evaluation.packing import PackedRows, Row
 from qbench.evaluation.prompts import build_questions, compiled_once, quiet
 from qbench.evaluation.scoring import per_request, score
-from qbench.evaluation.sharing import Sharing, test_sharing
+from qbench.evaluation.sharing import Sharing, sharing_of
 from qbench.evaluation.tasks import (
     DEFAULT_LENGTH,
     EvaluationOptions,
@@ -121,8 +121,8 @@ class ZeroShotTask(PreparedTask):
         return TaskResult(metrics, len(self.questions), details, items)
 
     def test_sharing(self, model: PreTrainedModel) -> Sharing | None:
-        """Whether rows of this task may share their beginning on a model."""
-        return test_sharing(model, self.packed) if self.packed.wanted else None
+        """Whether rows of this task may share their beginning on a model; kept with the model."""
+        return sharing_of(model, self.packed) if self.packed.wanted else None
 
     def _items(self, loglikelihood: list[float], greedy: list[bool]) -> dict[str, np.ndarray]:
         columns: dict[str, list[Any]] = defaultdict(list)
