@@ -1,5 +1,6 @@
 # make demo   install into .venv and show the main job
 # make test   install into .venv and run the default test suite
+# make bench [DATA=DIR], make bench-quick [DATA=DIR]   the claims about speed and memory
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -9,7 +10,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
-.PHONY: install demo test test-slow lint
+.PHONY: install demo test test-slow lint bench bench-quick
 install: $(INSTALLED)
 
 demo: install
@@ -26,3 +27,10 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# hours; the other in small sizes, minutes. DATA is a folder as for qbench --data
+bench: install
+	$(BIN)/python -m benchmarks.run $(if $(DATA),--data $(DATA))
+
+bench-quick: install
+	$(BIN)/python -m benchmarks.run --quick $(if $(DATA),--data $(DATA))

@@ -143,7 +143,13 @@ def thread_variables(threads: int) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_VERBOSITY": "error",
+        "TQDM_DISABLE": "1",
     }
+
+
+def child_environment(threads: int, more: Mapping[str, str] | None = None) -> dict[str, str]:
+    """This process's environment with the threads of :func:`thread_variables`."""
+    return {**os.environ, **thread_variables(threads), **(more or {})}
 
 
 def child(
@@ -154,7 +160,7 @@ def child(
     Raises:
         RuntimeError: with the end of what it said on standard error.
     """
-    given = {**os.environ, **thread_variables(threads), **(variables or {})}
+    given = child_environment(threads, variables)
     done = subprocess.run(command, capture_output=True, text=True, env=given, cwd=ROOT)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:

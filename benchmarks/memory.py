@@ -10,7 +10,6 @@ system drops them when it wants to). What ``import torch`` alone costs is taken 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -57,7 +56,7 @@ def status_bytes(process: int) -> dict[str, int]:
 
 def watch(command: list[str], threads: int) -> Watched:
     """Run a command and sample its memory until it ends."""
-    variables = {**os.environ, **common.thread_variables(threads)}
+    variables = common.child_environment(threads)
     with tempfile.TemporaryFile("w+") as output:
         started = time.perf_counter()
         process = subprocess.Popen(

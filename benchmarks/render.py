@@ -1,0 +1,44 @@
+"""The page: an introduction and every report that a folder holds.
+
+python -m benchmarks.render [FOLDER]     benchmarks/results by default
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from benchmarks.common import RESULTS, Report
+
+ORDER = (
+    "solvers",
+    "model_quantization",
+    "evaluation",
+    "sweep",
+    "memory",
+    "growth",
+    "startup",
+)
+INTRODUCTION = Path(__file__).parent / "introduction.md"
+
+
+def render(folder: Path) -> str:
+    """The page of the reports in a folder."""
+    introduction = INTRODUCTION.read_text(encoding="utf-8")
+    reports = [Report.load(folder / f"{n}.json") for n in ORDER if (folder / f"{n}.json").is_file()]
+    if not reports:
+        return f"{introduction}\nNo report yet.\n"
+    return "\n".join([introduction, *(f"{report.markdown()}\n" for report in reports)])
+
+
+def write(folder: Path) -> Path:
+    """Write the page: beside this file for the reports kept, else into the folder itself."""
+    kept = folder.resolve() == RESULTS.resolve()
+    page = (Path(__file__).parent if kept else folder) / "README.md"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(render(folder), encoding="utf-8")
+    return page
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS)
