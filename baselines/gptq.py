@@ -25,7 +25,6 @@ import torch
 from torch import Generator, Tensor
 
 from qbench import (
-    Affine,
     Baseline,
     Corrections,
     QBenchError,
@@ -42,7 +41,7 @@ from qbench import (
 )
 
 if TYPE_CHECKING:
-    from qbench.grid import Grid
+    from qbench.grid import Affine, Grid
     from qbench.models.blocks import Block
 
 
@@ -193,20 +192,24 @@ class _Columns:
     def result(self, damping: float) -> QuantizedWeight:
         """Everything back in the original order of the columns."""
         back = self.order.argsort()
-        codes, index = self.codes.index_select(1, back), self.group_of[back]
-        scattered = self.config.act_order and self.fits_on_the_way
-        if scattered:
-            affine = Affine(*(t.index_select(1, index) for t in (self.scale, self.zero_point)))
-            values = self.grid.decode(codes, affine)
-        else:  # the same where the errors were, which nobody needs any more
-            grouped, room = (t.unflatten(1, (-1, self.group_size)) for t in (codes, self.errors))
-            torch.sub(grouped, self.zero_point.unsqueeze(-1), out=room)
-            values = room.mul_(self.scale.unsqueeze(-1)).flatten(1)
+        codes, index = self.codes.index_select(1, back), None
+        if self.config.act_order and self.fits_on_the_way:  # consecutive in the walk only
+            index = self.group_of[back]
+            values = self.decode(self.codes, self.scale.flip(1), self.zero_point.flip(1))
+            values = values.index_select(1, back)
+        else:
+            values = self.decode(codes, self.scale, self.zero_point)
         return QuantizedWeight(
             weight=values,
             codes=codes,
             scale=self.scale,
             zero_point=self.zero_point,
-            g_idx=index if scattered else None,
+            g_idx=index,
             report={"damping": damping},
         )
+
+    def decode(self, codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """Values of ``codes``, written where the errors were, which nobody needs any more."""
+        grouped, room = (t.unflatten(1, (-1, self.group_size)) for t in (codes, self.errors))
+        torch.sub(grouped, zero_point.unsqueeze(-1), out=room)
+        return room.mul_(scale.unsqueeze(-1)).flatten(1)
