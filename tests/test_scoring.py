@@ -30,7 +30,13 @@ def watch(monkeypatch, model):
     return sizes, runs
 
 
-@pytest.mark.parametrize("architecture", sorted({*EXACT, *OTHERS, "bloom"}))
+EVERY = sorted({*EXACT, *OTHERS, "bloom"})
+SOME = ("cohere", "gemma2", "gpt2", "llama", "mamba", "opt")
+
+
+@pytest.mark.parametrize(
+    "architecture", [a if a in SOME else pytest.param(a, marks=pytest.mark.slow) for a in EVERY]
+)
 def test_the_head_works_in_parts_and_the_body_once(architecture, monkeypatch):
     """Logit scaling (Cohere) and soft caps (Gemma 2) stand behind the head and work on parts."""
     monkeypatch.setattr(module, "LOGITS_AT_ONCE", 512 * 8)
@@ -156,16 +162,22 @@ def small_memory(most, error):
     return forward
 
 
+LACKING = [
+    torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: not enough memory"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    MemoryError(),
+]
+
+
 @pytest.mark.parametrize(
-    "error",
+    ("batching", "error"),
     [
-        torch.OutOfMemoryError("CUDA out of memory"),
-        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: not enough memory"),
-        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
-        MemoryError(),
+        *(("shared", error) for error in LACKING),
+        ("padded", LACKING[0]),
+        ("equal length", LACKING[0]),
     ],
 )
-@pytest.mark.parametrize("batching", ["shared", "padded", "equal length"])
 def test_where_memory_is_lacking_the_budget_is_halved_and_nothing_is_lost(batching, error):
     model, packed, seen = tiny_model(), PackedRows(questions()), []
     expected = score(model, packed, 200, batching)

@@ -121,6 +121,20 @@ def test_metrics_and_their_errors_equal_lm_evals_own(task, model, tokenizer):
     assert compared == len(prepared.task.config.metric_list)
 
 
+@pytest.mark.parametrize("batching", [None, "padded", "one row"])
+def test_lm_eval_itself_runs_the_model_that_qbench_gives_it(model, tokenizer, batching):
+    prepared = prepare("openbookqa", tokenizer)
+    lm = QBenchLM(model, tokenizer, max_length=512, batching=batching)
+    found = lm_evaluate(lm, {"openbookqa": prepared.task}, limit=None, log_samples=True)
+    ours = prepared.run(model)
+    assert ours.details["batching"] == "shared"
+    scores = [pair[0] for s in found["samples"]["openbookqa"] for pair in s["filtered_resps"]]
+    np.testing.assert_allclose(scores, ours.items["loglikelihood"], atol=1e-4)
+    for name in ("acc", "acc_norm"):
+        expected = found["results"]["openbookqa"][f"{name},none"]
+        assert ours.metrics[name].as_float() == pytest.approx(expected)
+
+
 def test_acc_token_is_the_mean_log_probability_per_token(model, tokenizer):
     result = prepare("arc_easy", tokenizer).run(model)
     columns = {name: np.array(column) for name, column in result.items.items()}

@@ -195,7 +195,8 @@ def _of_tokens(
     likely = first.nonzero()[:, 0]  # an argmax over the vocabulary costs more than a maximum
     first[likely] = logits[place[likely]].argmax(dim=-1) == target[likely]
     top = top.float()
-    total = (logits.float() - top[:, None]).exp_().sum(dim=-1).log_() + top
+    # a difference with a float32 column is float32: no copy of the logits before it
+    total = (logits - top[:, None]).exp_().sum(dim=-1).log_() + top
     return value - total[place], first
 
 

@@ -94,10 +94,10 @@ def test_sharing(
         except Exception as error:  # noqa: BLE001 - whatever a model raises, it cannot share
             kind = type(error).__name__
             return Sharing(False, f"off: {kind} with a mask of its own", packed.longest)
-        single = _values(model, sample.batches("padded", 1), run)
-        if _largest(shared, single) <= _FLOOR:
+        padded = _values(model, sample.batches("padded", 2 * sample.longest), run)
+        if _largest(shared, padded) <= _FLOOR:
             return Sharing(True, "exact", packed.longest)
-        padded = _values(model, sample.batches("padded", whole), run)
+        single = _values(model, sample.batches("padded", 1), run)
     return _verdict(shared, padded, single, model, packed.longest)
 
 
