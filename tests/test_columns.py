@@ -10,7 +10,13 @@ import pytest
 import torch
 
 from qbench.grid import GRIDS, Affine
-from qbench.quantization.columns import Rounding, compiled_walk, round_columns_, walk_
+from qbench.quantization.columns import (
+    Corrections,
+    Rounding,
+    compiled_walk,
+    round_columns_,
+    walk_,
+)
 
 WIDTHS = {name: 1.58 if grid.min_bits == 1.58 else grid.min_bits for name, grid in GRIDS.items()}
 
@@ -53,6 +59,20 @@ def test_without_feedback_codes_are_those_of_the_grid(name):
     assert torch.equal(codes, expected)
     values = grid.decode(expected.unflatten(1, (2, 12)), affine).flatten(1)
     assert torch.equal(errors, original - values)
+
+
+@pytest.mark.parametrize("width", [1, 8, 12, 100])
+def test_corrections_in_two_levels_are_the_whole_product(width):
+    """Blocks of 4 of 30 columns, asked for by themselves and with columns further down."""
+    generator = torch.Generator().manual_seed(0)
+    errors, factor = (torch.randn(9, 30, generator=generator).double() for _ in range(2))
+    factor = factor.T @ factor
+    corrections = Corrections(errors, factor, width)
+    for end in range(30, 0, -4):
+        for start in (max(end - 4, 0), max(end - 10, 0)):
+            expected = errors[:, end:] @ factor[end:, start:end]
+            assert torch.allclose(corrections.of(start, end), expected)
+        errors[:, max(end - 4, 0) : end] += 1  # what is rounded next is read from then on
 
 
 def test_ties_go_to_even_or_up():

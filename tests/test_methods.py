@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import qbench_baselines.quip as quip
-from qbench import QBenchError, Scheme, Statistics, quantize_model, round_to_nearest
+from qbench import (
+    QBenchError,
+    Scheme,
+    Statistics,
+    get_grid,
+    quantize_model,
+    round_to_nearest,
+)
 from qbench.baseline import resolve_scheme
 from qbench.registry import load_baseline
 from qbench.testing import tiny_model, tiny_windows
@@ -68,6 +77,90 @@ def test_gptq_is_the_papers_recursion(bits, layer_case):
         weight / scale, hessian, lambda x: x.round().clamp(-zero, 2**bits - 1 - zero)
     )
     assert (found.codes == codes + zero).float().mean() > 0.998
+
+
+def released_gptq(weight, hessian, scheme, block_size, act_order, static_groups, fresh_groups):
+    """The order of steps of the released code, with the inverse and its factor, in float64."""
+    grid, bits, size = get_grid(scheme.grid), scheme.wbits, scheme.group_size
+    weight, hessian = weight.double().clone(), hessian.double().clone()
+    dead = hessian.diagonal() == 0
+    hessian[dead, dead] = 1
+    weight[:, dead] = 0
+    groups = [grid.fit(part, bits) for part in weight.split(size, 1)]
+    order = torch.arange(weight.shape[1])
+    if act_order:
+        order = hessian.diagonal().argsort(descending=True)
+    weight, hessian = weight[:, order], hessian[order][:, order]
+    hessian += 0.01 * hessian.diagonal().mean() * torch.eye(len(order))
+    upper = torch.linalg.cholesky(hessian.inverse(), upper=True)
+    codes = torch.empty_like(weight)
+    for start in range(0, len(order), block_size):
+        stale = weight.clone()
+        for k in range(start, min(start + block_size, len(order))):
+            if static_groups:
+                affine = groups[order[k] // size]
+            elif k % size == 0:
+                affine = grid.fit((weight if fresh_groups else stale)[:, k : k + size], bits)
+            codes[:, k : k + 1] = grid.encode(weight[:, k : k + 1], affine, bits)
+            values = grid.decode(codes[:, k : k + 1], affine)
+            error = (weight[:, k : k + 1] - values) / upper[k, k]
+            weight[:, k:] -= error * upper[k, k:]
+    return codes[:, order.argsort()]
+
+
+@pytest.mark.parametrize("group", [4, 6, 12, 24, 48])
+@pytest.mark.parametrize("block_size", [5, 12, 16, 128])
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"act_order": True}, {"act_order": True, "static_groups": True}, {"fresh_groups": True}],
+    ids=str,
+)
+def test_groups_are_fitted_when_the_released_code_fits_them(fields, block_size, group, layer_case):
+    """Groups within a block, across blocks, and of several blocks; one input is dead."""
+    weight, full = layer_case
+    hessian = full.hessian.clone()
+    hessian[7] = hessian[:, 7] = 0
+    stats = SimpleNamespace(hessian=hessian, cached=lambda key, compute: compute())
+    scheme = Scheme.parse(f"W3A16g{group}:grid=asym")
+    options = {"act_order": False, "static_groups": False, "fresh_groups": False} | fields
+    expected = released_gptq(weight, hessian, scheme, block_size, **options)
+    method = GPTQ(block_size=block_size, **fields)
+    found = method.quantize_weight(weight, scheme, stats, torch.Generator())
+    assert (found.codes == expected).float().mean() > 0.995
+
+
+def test_rows_quantized_together_are_rows_quantized_alone(layer_case):
+    """Linears that read one input may be stacked; only the order of sums may differ."""
+    weight, stats = layer_case
+    for text in ("W3A16:w=channel,grid=asym", "W3A16g16:grid=gptq_sym"):
+        whole, *parts = (
+            GPTQ().quantize_weight(rows, Scheme.parse(text), stats, torch.Generator())
+            for rows in (weight, *weight.split([1, 5, 18]))
+        )
+        same = whole.codes == torch.cat([part.codes for part in parts])
+        assert same.float().mean() > 0.999
+        assert torch.allclose(whole.scale, torch.cat([part.scale for part in parts]), rtol=1e-4)
+
+
+def test_greedy_passes_in_blocks_are_coordinate_descent_column_by_column(layer_case):
+    """As released: the error is kept up within a pass, codes are clamped after it."""
+    weight, stats = layer_case
+    hessian = stats.hessian.double() + 0.1 * torch.eye(48)
+    target = weight.double() * 4
+    limits = quip.Limits(-8, 7)
+    codes = limits.round(target)
+    expected, error = codes.clone(), codes - target
+    for _ in range(3):
+        for k in reversed(range(48)):
+            pull = error @ hessian[:, k] / hessian[k, k]
+            moved = torch.floor(expected[:, k] - pull + 0.5)
+            error[:, k] += moved - expected[:, k]
+            expected[:, k] = moved
+        expected.clamp_(-8, 7)
+    assert not torch.equal(expected, codes)
+    for size in (1, 7, 48):
+        found = quip.greedy(codes, target, hessian, limits, passes=3, block_size=size)
+        assert torch.equal(found, expected)
 
 
 def test_ldlq_in_blocks_is_ldlq_in_one_block(layer_case):

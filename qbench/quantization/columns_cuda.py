@@ -7,43 +7,44 @@ are those of the torch loop.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from qbench.quantization import columns
 from qbench.quantization.columns import Rounding
 
 TILE = 16
 """Rows of one program."""
+WIDEST = 512
+"""Columns that a program's registers hold; wider blocks take the torch loop."""
 
 
 @triton.jit
-def _walk(
-    current: Any,
-    original: Any,
-    factor: Any,
-    scale: Any,
-    zero_point: Any,
-    group: Any,
-    low: Any,
-    high: Any,
-    n_rows: Any,
-    width: Any,
-    current_row: Any,
-    current_column: Any,
-    original_row: Any,
-    original_column: Any,
-    scale_row: Any,
-    scale_column: Any,
-    zero_row: Any,
-    zero_column: Any,
+def _walk(  # type: ignore[no-untyped-def]  # Triton would look annotations up
+    current,
+    original,
+    factor,
+    scale,
+    zero_point,
+    group,
+    low,
+    high,
+    n_rows,
+    width,
+    current_row,
+    current_column,
+    original_row,
+    original_column,
+    scale_row,
+    scale_column,
+    zero_row,
+    zero_column,
     HALF_UP: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-) -> None:
+):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     there = row < n_rows
@@ -85,6 +86,8 @@ def walk_(
 ) -> None:
     """Round in place, one launch."""
     rows, width = current.shape
+    if width > WIDEST:
+        return columns.walk_(current, original, factor, scale, zero_point, group, rounding)
     strides = [n for t in (current, original, scale, zero_point) for n in t.stride()]
     grid = (triton.cdiv(rows, TILE),)
     parts = (current, original, factor.contiguous(), scale, zero_point, group)
