@@ -35,7 +35,12 @@ def damped(hessian: Tensor, damping: float, order: Tensor | None = None) -> Tens
     A zero on the diagonal (an input that never fires) counts as 1 there, as in the released code
     of GPTQ and QuIP.
     """
-    result = hessian.clone() if order is None else hessian[order.unsqueeze(1), order]
+    if order is None:
+        result = hessian.clone()
+    elif (order.diff() == -1).all():  # reversed: at a fraction of what a gather costs
+        result = hessian.flip(0, 1)
+    else:
+        result = hessian[order.unsqueeze(1), order]
     diagonal = result.diagonal()
     diagonal.masked_fill_(diagonal == 0, 1)
     diagonal.add_(damping * diagonal.mean())
