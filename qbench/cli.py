@@ -120,6 +120,9 @@ def run(
     ] = False,
 ) -> None:
     """Quantize one checkpoint with one baseline and measure it."""
+    from qbench.study.imports import import_models
+
+    import_models()
     from qbench.evaluation.tasks import EvaluationOptions
     from qbench.record import CalibrationSpec
     from qbench.study import commands
@@ -158,6 +161,9 @@ def sweep(
     ] = False,
 ) -> None:
     """Run every cell of a sweep file that is not stored yet."""
+    from qbench.study.imports import import_models
+
+    import_models()
     from qbench.study import commands
 
     sys.exit(commands.sweep(file, data, results, dry_run, retry_failed, allow_pickle))
@@ -337,6 +343,9 @@ def demo(
     ),
 ) -> None:
     """Show the main job on a small model: sweep, table, figure."""
+    from qbench.study.imports import import_models
+
+    import_models()
     from qbench.study.demo import demo as run_demo
 
     sys.exit(run_demo(results, full))
