@@ -30,6 +30,7 @@ QUICK = Path(__file__).parent / "quick"
 MODELS = Path(__file__).parent / ".models"
 LONG = 60.0
 """Seconds from which a repeat is long, so that three must do."""
+_SMALL = "Small sizes, to see that it works: no figures to quote, no bars to hold them to."
 _PACKAGES = ("torch", "numpy", "numba", "transformers", "lm_eval")
 
 
@@ -95,6 +96,11 @@ def ratio(peer: Times, ours: Times) -> tuple[float, str]:
     return middle, f"{middle:.2f}x ({min(turns):.2f}..{max(turns):.2f})"
 
 
+def cpu_ratio(peer: Times, ours: Times) -> str:
+    """The same by processor seconds of all threads, which other programs disturb less."""
+    return f"{statistics.median(peer.cpu) / statistics.median(ours.cpu):.2f}x"
+
+
 def against(value: float, bar: float) -> str:
     """A ratio held to its bar."""
     return f"{bar:g}x {'met' if value >= bar else 'missed'}"
@@ -134,12 +140,12 @@ def take_turns(
 def thread_variables(threads: int) -> dict[str, str]:
     """The environment of a process that computes with so many threads.
 
-    Waiting threads sleep instead of spinning, on both sides: the default costs up to ten times
-    where cores are shared.
+    Waiting threads sleep instead of spinning, on both sides, unless the environment says
+    otherwise: spinning costs up to ten times where cores are shared.
     """
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
     return dict.fromkeys(names, str(threads)) | {
-        "OMP_WAIT_POLICY": "passive",
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive"),
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_VERBOSITY": "error",
@@ -289,7 +295,8 @@ class Report:
         path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
         path.with_suffix(".md").write_text(self.markdown() + "\n", encoding="utf-8")
         shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
-        print(f"\n{self.conditions()}\nwritten: {shown}")
+        small = f"\n{_SMALL}" if self.quick else ""
+        print(f"\n{self.conditions()}{small}\nwritten: {shown}")
         return path
 
     def conditions(self) -> str:
@@ -304,7 +311,7 @@ class Report:
 
     def markdown(self) -> str:
         """The section of the page."""
-        quick = ["Small sizes, to see that it works: no figures to quote."] if self.quick else []
+        quick = [_SMALL] if self.quick else []
         parts = [f"## {self.title}", *quick, *(table.markdown() for table in self.tables)]
         return "\n\n".join([*parts, self.conditions()])
 

@@ -187,12 +187,14 @@ def _warm_up(kind: str) -> None:
 def table(threads: int, found: list[dict[str, Any]]) -> Table:
     """Rows of one number of threads."""
     columns = ["matrix (out x in)", "method", "peer", "peer, wall", "qbench, wall", "ratio"]
+    columns += ["by processor time"]
     made = Table(
         f"Solver, 4 bits, {threads} thread{'s' if threads > 1 else ''}",
         [*columns, "bar", "equal weights", "proxy loss peer / qbench"],
     )
     for row in found:
-        times = {n: Times(s) for n, s in row["seconds"].items()}
+        cpu = row["cpu_seconds"]
+        times = {name: Times(s, cpu[name]) for name, s in row["seconds"].items()}
         middle, shown = common.ratio(times[row["peer"]], times["qbench"])
         losses = row["proxy_loss"]
         made.rows.append(
@@ -203,6 +205,7 @@ def table(threads: int, found: list[dict[str, Any]]) -> Table:
                 str(times[row["peer"]]),
                 str(times["qbench"]),
                 shown,
+                common.cpu_ratio(times[row["peer"]], times["qbench"]),
                 common.against(middle, BARS[row["kind"]]),
                 f"{row['equal']:.2%}",
                 f"{losses[row['peer']]:.5f} / {losses['qbench']:.5f}",

@@ -68,6 +68,7 @@ def test_sides_take_turns_in_alternating_order_and_preparing_is_not_run_early() 
 
         return prepare
 
+    assert common.cpu_ratio(Times([], [2.0, 4.0, 3.0]), Times([], [1.0, 2.0, 1.5])) == "2.00x"
     times, _ = common.take_turns({"a": side("a"), "b": side("b")}, 2)
     assert order == ["prepare a", "a", "prepare b", "b", "prepare b", "b", "prepare a", "a"]
     assert [len(t.seconds) for t in times.values()] == [2, 2]
