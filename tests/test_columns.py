@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+import qbench.quantization
 from qbench.grid import GRIDS, Affine
 from qbench.quantization.columns import (
     Corrections,
@@ -151,6 +152,15 @@ def test_a_device_or_a_precision_without_a_compiled_walk_takes_the_torch_loop():
     one = torch.ones(1, 1, dtype=torch.float64)
     round_columns_(current, original, factor, (one, one * 0), Rounding(-9, 9))
     assert current.dtype == torch.float64 and torch.equal(current, current.round())
+
+
+@pytest.mark.parametrize(("device", "module"), [("cpu", "numba"), ("cuda", "triton")])
+def test_without_a_compiler_the_torch_loop_runs_and_says_so(device, module, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)  # importing it raises ImportError
+    monkeypatch.delitem(sys.modules, f"qbench.quantization.columns_{device}", raising=False)
+    monkeypatch.delattr(qbench.quantization, f"columns_{device}", raising=False)
+    with pytest.warns(UserWarning, match=f"rounded in torch, many times slower: .*{module}"):
+        assert compiled_walk.__wrapped__(device) is walk_
 
 
 TRITON = """

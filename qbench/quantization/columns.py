@@ -13,7 +13,7 @@ results to the last bit, and neither is imported before it is needed.
 
 from __future__ import annotations
 
-import importlib.util
+import warnings
 from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
@@ -96,15 +96,18 @@ Walk = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Rounding], None
 
 @cache
 def compiled_walk(device: str) -> Walk:
-    """The fastest walk there is on this kind of device."""
-    if device == "cpu" and importlib.util.find_spec("numba"):
-        from qbench.quantization import columns_cpu
+    """The fastest walk there is on this kind of device; a warning where that is the torch loop."""
+    try:
+        if device == "cpu":
+            from qbench.quantization import columns_cpu
 
-        return columns_cpu.walk_
-    if device == "cuda" and importlib.util.find_spec("triton"):
-        from qbench.quantization import columns_cuda
+            return columns_cpu.walk_
+        if device == "cuda":
+            from qbench.quantization import columns_cuda
 
-        return columns_cuda.walk_
+            return columns_cuda.walk_
+    except ImportError as error:
+        warnings.warn(f"columns are rounded in torch, many times slower: {error}", stacklevel=2)
     return walk_
 
 

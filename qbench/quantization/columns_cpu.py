@@ -25,6 +25,8 @@ from qbench.quantization.columns import Rounding
 
 TILE = 64
 """Rows walked together: 64 x 128 float32 twice fit the caches next to the core."""
+MOST_THREADS = 8
+"""Threads are started for every block, and more would cost more than they save."""
 
 
 def _walk(
@@ -109,11 +111,11 @@ def walk_(
     group: Tensor,
     rounding: Rounding,
 ) -> None:
-    """Round in place, over as many threads as torch uses."""
+    """Round in place, over no more threads than torch uses."""
     walk = _compiled()
     arrays = [t.numpy() for t in (current, original, factor.contiguous(), scale, zero_point, group)]
     limits = (np.float32(rounding.low), np.float32(rounding.high), rounding.half_up)
-    rows, threads = current.shape[0], torch.get_num_threads()
+    rows, threads = current.shape[0], min(torch.get_num_threads(), MOST_THREADS)
     if threads == 1 or rows <= TILE:
         walk(*arrays, *limits, 0, rows)
         return
