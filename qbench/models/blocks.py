@@ -49,6 +49,8 @@ class Block:
     """Whether that product is torch's scaled_dot_product_attention."""
     skipped: dict[str, str] = field(default_factory=dict)
     """Matrices that stay in full precision: name -> why."""
+    is_last: bool = False
+    """Whether no block reads what this one gives."""
 
     def run(self, hidden: Tensor, index: int) -> Tensor:
         """The block's output for hidden states (sequences, tokens, hidden) of a captured batch."""

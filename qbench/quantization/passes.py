@@ -17,7 +17,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from qbench.models.blocks import Block, find_blocks
+from qbench.models.blocks import Block, find_blocks, trace_block
 from qbench.models.linear import Linear
 from qbench.models.streaming import resident, stream_of
 from qbench.quantization.calibration import Captured, capture, observing
@@ -25,6 +25,8 @@ from qbench.quantization.observers import Observer, Statistics
 
 BATCH_TOKENS = 2048
 """Calibration windows shorter than this run through a block together."""
+TRACE_TOKENS = 128
+"""Tokens that a block is traced on: enough to reach experts, few beside a calibration text."""
 Wanted = tuple[str | type[Observer], ...]
 
 
@@ -40,7 +42,7 @@ class Calibration:
     def __init__(self, model: nn.Module, windows: Tensor, keep: bool = True) -> None:
         self.model, self.windows, self.keep = model, windows, keep
         self._kept: dict[tuple[int, Wanted], dict[str, Statistics]] = {}
-        self._samples: dict[int, Tensor] = {}
+        self._traced: Tensor | None = None
         self._number = 0
         self._entering: list[Tensor] | None = None
         self._leaving: list[Tensor] | None = None
@@ -54,10 +56,23 @@ class Calibration:
             found.hidden = [stream.spill(hidden) for hidden in found.hidden]
         return found
 
-    def sample(self, number: int) -> Tensor:
-        """The first batch that enters a block."""
-        known = self._samples.get(number)
-        return self.entering(number)[0] if known is None else known
+    @cached_property
+    def _trace_capture(self) -> Captured:
+        with torch.no_grad(), eager_experts(self.model):
+            return capture(self.model, self.windows[:1, :TRACE_TOKENS])
+
+    def trace(self, number: int, name: str, module: nn.Module) -> Block:
+        """Trace a block of this model or of a copy, before anything changes it.
+
+        Blocks come in order, first to last: each is traced on what the one before it gave.
+        """
+        entering = self._trace_capture.hidden[0] if number == 0 else self._traced
+        assert entering is not None
+        run = self._trace_capture.runner(name, module)
+        block = trace_block(name, module, run, entering)
+        self._traced = run(entering, 0)
+        block.runner = self.captured.runner(name, module)
+        return block
 
     def entering(self, number: int) -> list[Tensor]:
         """What enters a block, per batch."""
@@ -68,8 +83,6 @@ class Calibration:
             if self._leaving is None:
                 self._leaving = self._replay(self._number, self._entering)
             self._number, self._entering, self._leaving = self._number + 1, self._leaving, None
-            if self.keep:
-                self._samples[self._number] = self._entering[0]
         return self._entering
 
     def leaving(self, number: int) -> list[Tensor]:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from qbench.baseline import Baseline, TransformContext, resolve_scheme, why_not
 from qbench.errors import QBenchError
 from qbench.grid import check_group_size
-from qbench.models.blocks import Block, find_blocks, trace_block
+from qbench.models.blocks import Block, find_blocks
 from qbench.models.streaming import Stream, resident, stream_of
 from qbench.quantization.activations import (
     Range,
@@ -171,21 +171,18 @@ class _Loop:
 
     def run(self, progress: Progress | None) -> None:
         blocks, stream = find_blocks(self.model), stream_of(self.model)
-        captured = self.calibration.captured
         met: set[str] = set()
         for number, (name, module) in enumerate(blocks):
             if progress:
                 progress(number, len(blocks), name)
-            run = captured.runner(name, module)
             if self.full_precision:
                 self.hidden = Lazy(partial(self.calibration.entering, number))
-                sample = self.calibration.sample(number)
-            else:
-                self.hidden = self.hidden if number else captured.hidden
-                sample = self.hidden[0]
+            elif number == 0:
+                self.hidden = self.calibration.captured.hidden
             known = stream is not None and self._finished(stream, name)
             with resident(self.model, name):
-                block = trace_block(name, module, run, sample)
+                block = self.calibration.trace(number, name, module)
+                block.is_last = number == len(blocks) - 1
                 check_block(block, self.scheme)
                 self.result.skipped |= {f"{name}.{n}": why for n, why in block.skipped.items()}
                 if known and stream is not None:
@@ -224,8 +221,7 @@ class _Loop:
 
     def _finish(self, block: Block, ranges: dict[str, Tensor]) -> None:
         """Replay a quantized block, then attach its activation quantizers."""
-        # without data only the trace reads these, and any hidden states will do
-        if not self.full_precision and self.reads_data:
+        if not self.full_precision and self.reads_data and not block.is_last:
             self.hidden = replay(self.model, block.run, self.hidden)
         attached = quantize_activations(block, self.scheme, ranges, switch_of(self.model))
         self.result.blocks.append(block)
@@ -237,7 +233,7 @@ class _Loop:
         """Let the method rewrite the block in place; returns what it says of single linears."""
         calibration, own = self.calibration, self.calibration.model is self.model
         if not rewrites(self.baseline):
-            if self.full_precision and own and self.reads_data:
+            if self.full_precision and own and self.reads_data and not block.is_last:
                 calibration.leaving(number)  # while the block is what it was
             return {}
         wanted = self.baseline.transform_statistics
@@ -292,7 +288,7 @@ class _Loop:
         self.result.notes += report["notes"]
         device = next(block.module.parameters()).device
         ranges = {n: torch.tensor(v, device=device) for n, v in report["ranges"].items()}
-        if self.full_precision and self.reads_data:
+        if self.full_precision and self.reads_data and not block.is_last:
             with stream.original(block.name):
                 self.calibration.leaving(number)
         self._finish(block, ranges)
