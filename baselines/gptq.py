@@ -94,21 +94,21 @@ class GPTQ(Baseline):
         """
         check_group_size(weight.shape[1], scheme.group_size)
         key = f"gptq:{self.percdamp}:{self.act_order}"
-        order, factor, damping = stats.cached(key, lambda: self._factorize(stats.hessian))
-        dead = stats.hessian.diagonal() == 0
+        dead, order, factor, damping = stats.cached(key, lambda: self._factorize(stats.hessian))
         columns = _Columns(self, weight, scheme, dead, order)
         columns.walk(factor)
         return columns.result(damping)
 
-    def _factorize(self, hessian: Tensor) -> tuple[Tensor, Tensor, float]:
-        """Columns in the order of the walk (which ends at the first), its factor, the damping."""
+    def _factorize(self, hessian: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
+        """Dead inputs, columns in the order of the walk from its end, its factor, the damping."""
         diagonal = hessian.diagonal()
+        dead = diagonal == 0
         if self.act_order:
-            order = diagonal.masked_fill(diagonal == 0, 1).argsort(descending=True).flip(0)
+            order = diagonal.masked_fill(dead, 1).argsort(descending=True).flip(0)
         else:
             order = torch.arange(len(hessian) - 1, -1, -1, device=hessian.device)
         factor, damping = feedback_factor(hessian, self.percdamp, order)
-        return order, factor, damping
+        return dead, order, factor, damping
 
 
 class _Columns:
