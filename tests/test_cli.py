@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pyarrow.parquet
@@ -17,7 +20,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from qbench.quantization.quantize import quantize_model
-from qbench.study import runner
+from qbench.study import doctor, supply
 from qbench.testing import tiny_model
 
 PLUGIN = '''
@@ -61,8 +64,8 @@ def test_a_run_quantizes_measures_and_stores_and_a_second_one_only_looks_up(
     def fail(*args, **kwargs):
         raise AssertionError("a finished measurement was repeated")
 
-    monkeypatch.setattr(runner, "quantize_model", fail)
-    monkeypatch.setattr(runner.Checkpoint, "load_model", fail)
+    monkeypatch.setattr(supply, "quantize_model", fail)
+    monkeypatch.setattr(supply.Checkpoint, "load_model", fail)
     second = qbench(*command)
     # the last part of a line is the time it took, and the mark
     assert [line.split("  (")[0] for line in second.stdout.splitlines()] == [
@@ -200,7 +203,7 @@ def test_an_interrupt_says_that_what_is_finished_is_kept(tiny, text, tmp_path, m
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runner, "quantize_model", interrupt)
+    monkeypatch.setattr(supply, "quantize_model", interrupt)
     command = ["run", tiny, "--baseline", "rtn", "--scheme", "W4A16", "--tasks", f"{text}@gptq-16"]
     result = qbench(*command, "--results", tmp_path / "runs", code=130)
     assert result.stderr.splitlines()[-1] == (
@@ -264,6 +267,27 @@ def test_the_doctor_names_packages_places_and_missing_data(tmp_path, monkeypatch
     assert "train.jsonl" in found["corpus ptb-new"]
     empty = qbench("doctor", "--data", tmp_path, "--results", tmp_path / "runs").stdout
     assert f"absent   task piqa: not in {tmp_path / 'tasks' / 'piqa'}, so it has to come" in empty
+
+
+def test_the_doctor_says_what_makes_a_machine_slow(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    lines = qbench("doctor", "--results", tmp_path).stdout.splitlines()
+    assert "ok       waiting threads: asleep (OMP_WAIT_POLICY=passive)" in lines
+    assert any(line.startswith("ok       column loops: compiled by numba ") for line in lines)
+    assert any(re.fullmatch(r"ok       memory: \d+\.\d GiB free", line) for line in lines)
+
+    def version(name):
+        if name == "numba":
+            raise PackageNotFoundError(name)
+        return importlib.metadata.version(name)
+
+    monkeypatch.setattr(doctor, "version", version)
+    monkeypatch.setattr(doctor, "free_memory", lambda: 2**29)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    lines = qbench("doctor", "--results", tmp_path, code=1).stdout.splitlines()
+    assert any(line.startswith("absent   column loops: numba is not installed") for line in lines)
+    assert "PROBLEM  memory: 0.5 GiB free" in lines
+    assert any("waiting threads: awake (OMP_WAIT_POLICY=active)" in line for line in lines)
 
 
 def test_the_doctor_finds_a_folder_that_cannot_be_written_and_data_that_is_not_there(tmp_path):

@@ -6,11 +6,12 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import requires, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 from qbench.errors import QBenchError
 from qbench.study.environment import environment
+from qbench.study.speed import free_memory
 from qbench.study.store import Store
 
 
@@ -39,8 +40,6 @@ def examine(data: Path | None, results: Path) -> list[Finding]:
 
 
 def _packages() -> Iterator[Finding]:
-    from importlib.metadata import PackageNotFoundError
-
     from packaging.requirements import Requirement
 
     for text in requires("qbench") or []:
@@ -65,11 +64,33 @@ def _machine() -> Iterator[Finding]:
     yield Finding(
         "processor", f"{facts['cpu']}, {facts['cpus']} usable, {facts['threads']} threads"
     )
+    yield Finding("waiting threads", _waiting())
+    yield _column_loops()
+    free = free_memory()
+    if free is not None:
+        yield Finding("memory", f"{free / 2**30:.1f} GiB free", free < 2**30)
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         yield Finding("gpu", ", ".join(names))
     else:
         yield Finding("gpu", "none; everything runs on the processor")
+
+
+def _waiting() -> str:
+    """What threads do at the end of a product; qbench's own commands let them sleep."""
+    policy = os.environ.get("OMP_WAIT_POLICY", "not set").lower()
+    if policy == "passive":
+        return "asleep (OMP_WAIT_POLICY=passive)"
+    return f"awake (OMP_WAIT_POLICY={policy}), many times slower beside another process"
+
+
+def _column_loops() -> Finding:
+    """Whether the column loops of GPTQ and LDLQ are compiled."""
+    try:
+        return Finding("column loops", f"compiled by numba {version('numba')}")
+    except PackageNotFoundError:
+        slow = "numba is not installed, so they run in torch, many times slower"
+        return Finding("column loops", slow, is_absent=True)
 
 
 def _results(results: Path) -> Iterator[Finding]:
