@@ -57,6 +57,10 @@ Data = Annotated[
     typer.Option("--data", help="Root with tasks/, corpora/; or bundled:world."),
 ]
 Names = Annotated[list[str], typer.Option(help="Keep these only; repeat it or use patterns.")]
+RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Repeat stored failures.")]
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Read .bin weights (tensors only).")
+]
 DEFAULT_RESULTS = Path("results/runs")
 
 
@@ -102,12 +106,8 @@ def run(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     results: Results = DEFAULT_RESULTS,
     save: Annotated[Path | None, typer.Option(help="Write the quantized model.")] = None,
-    retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Repeat stored failures.")
-    ] = False,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Read .bin weights (tensors only).")
-    ] = False,
+    retry_failed: RetryFailed = False,
+    allow_pickle: AllowPickle = False,
     latent: Annotated[
         bool, typer.Option("--latent", help="A BitNet's latent weights, as an ordinary model.")
     ] = False,
@@ -151,14 +151,10 @@ def run(
 def sweep(
     file: Annotated[Path, typer.Argument(help="YAML; see the README.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan only.")] = False,
-    retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Repeat stored failures.")
-    ] = False,
+    retry_failed: RetryFailed = False,
     data: Data = None,
     results: Annotated[Path | None, typer.Option(help="Overrides the file's.")] = None,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Read .bin weights (tensors only).")
-    ] = False,
+    allow_pickle: AllowPickle = False,
 ) -> None:
     """Run every cell of a sweep file that is not stored yet."""
     from qbench.study.imports import import_models
