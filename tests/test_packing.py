@@ -105,6 +105,17 @@ def test_rows_that_fit_no_tree_are_run_alone_without_a_mask():
     assert chain.ends is None and chain.ids.tolist() == [[1, 5, 6]]
 
 
+def test_prompts_longer_than_a_tree_is_wide_share_what_they_begin_with():
+    """Four options behind 300 tokens, twice: one tree each, though trees are 64 wide."""
+    contexts = [list(range(first, first + 300)) for first in (1000, 2000)]
+    rows = [Row([*c, *range(k, k + 5)], 5) for c in contexts for k in (10, 20, 30, 40)]
+    packed = PackedRows(rows)
+    trees = packed.batches("shared", 700, width=64)
+    assert [b.ids.shape for b in trees] == [(2, 300 + 4 * 4)]
+    assert packed.saved(700, 64) == pytest.approx(1 - 2 * 316 / (8 * 304))
+    assert all(b.is_one_row for b in packed.batches("shared", 304, width=64))
+
+
 def test_equal_lengths_are_never_filled_up_and_never_shared():
     for batch in PackedRows(questions()).batches("equal length", 64):
         assert batch.ends is None and not batch.whole_head

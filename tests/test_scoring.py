@@ -191,7 +191,7 @@ def test_where_memory_is_lacking_the_budget_is_halved_and_nothing_is_lost(batchi
         atol=1e-5,
     )
     assert expected.details["oom_halvings"] == 0 and expected.details["batch_tokens"] == 200
-    assert found.details["oom_halvings"] >= 1 and found.details["batch_tokens"] <= 50
+    assert found.details["oom_halvings"] >= 1 and found.details["batch_tokens"] <= 100
     assert seen == sorted(seen) and seen[-1][0] == seen[-1][1]
 
 

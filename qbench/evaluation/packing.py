@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 WIDTH = 512
-"""Most tokens of a tree, unless one row alone is longer: attention grows with the square."""
+"""Most tokens of a tree, unless twice its first row is longer (few-shot prompts)."""
 
 
 @dataclass(frozen=True)
@@ -113,12 +113,12 @@ class PackedRows:
         self.wanted = [i for i, row in enumerate(rows) if row.n_scored > 0]
         self.longest = max((len(rows[i].tokens) - 1 for i in self.wanted), default=0)
         """Tokens of the longest sequence that is run."""
-        self._plans: dict[tuple[str, int], list[Batch]] = {}
+        self._plans: dict[tuple[str, int, int], list[Batch]] = {}
 
-    def saved(self, budget: int) -> float:
+    def saved(self, budget: int, width: int = WIDTH) -> float:
         """The share of the tokens of "padded", padding included, that "shared" does not run."""
         padded, shared = (
-            sum(batch.ids.numel() for batch in self.batches(policy, budget))
+            sum(batch.ids.numel() for batch in self.batches(policy, budget, width=width))
             for policy in ("padded", "shared")
         )
         return 1 - shared / max(1, padded)
@@ -136,7 +136,7 @@ class PackedRows:
         """
         if left is not None:
             return _plan(self.rows, left, policy, budget, width)
-        key = (policy, budget)
+        key = (policy, budget, width if policy == "shared" else 0)
         if key not in self._plans:
             self._plans[key] = _plan(self.rows, self.wanted, policy, budget, width)
         return self._plans[key]
@@ -147,7 +147,7 @@ def _plan(
 ) -> list[Batch]:
     sequences = _distinct(rows, wanted)
     if policy == "shared":
-        groups = _cut(sequences, min(width, budget))
+        groups = _cut(sequences, width, budget)
     elif policy == "padded":
         groups = _continued(sequences)
     else:
@@ -190,8 +190,8 @@ def _continued(sequences: list[_Sequence]) -> list[list[_Sequence]]:
     return groups
 
 
-def _cut(sequences: list[_Sequence], width: int) -> list[list[_Sequence]]:
-    """Cut sorted sequences into trees of at most ``width`` tokens, where the cut repeats least.
+def _cut(sequences: list[_Sequence], width: int, budget: int) -> list[list[_Sequence]]:
+    """Cut sorted sequences into trees of some ``width`` tokens, where the cut repeats least.
 
     A tree that overflows is cut in its second half, between the neighbours that have least in
     common: between two questions rather than between two options.
@@ -203,10 +203,11 @@ def _cut(sequences: list[_Sequence], width: int) -> list[list[_Sequence]]:
     start = 0
     while start < len(sequences):
         sizes = [len(sequences[start].tokens)]
+        most = min(budget, max(width, 2 * sizes[0]))
         stop = start + 1
         while stop < len(sequences):
             size = sizes[-1] + len(sequences[stop].tokens) - alike[stop]
-            if size > width:
+            if size > most:
                 break
             sizes.append(size)
             stop += 1

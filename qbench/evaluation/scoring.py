@@ -20,7 +20,7 @@ import torch
 
 from qbench.errors import RunFailed, unknown
 from qbench.evaluation.forward import Forward, forward_of
-from qbench.evaluation.packing import Batch, PackedRows, Row
+from qbench.evaluation.packing import WIDTH, Batch, PackedRows, Row
 from qbench.evaluation.sharing import Sharing, sharing_of
 from qbench.evaluation.tasks import BATCHING, Progress
 from qbench.quantization.activations import scales_per_sequence
@@ -81,7 +81,8 @@ def score(
     Args:
         model: in eval mode, on any device.
         rows: to be scored.
-        batch_tokens: budget of a batch, padding included; None takes what suits the device.
+        batch_tokens: budget of a batch, padding included; None takes what suits the device, and
+            under "shared" twice the longest row where that is more.
         batching: a key of ``BATCHING``; None is "shared". Where sharing is not exact on this model
             "shared" becomes "padded".
         progress: called with tokens done and tokens in all.
@@ -95,11 +96,13 @@ def score(
     if policy not in BATCHING:
         raise unknown("batching", policy, BATCHING)
     budget = batch_tokens or default_tokens(model)
+    if policy == "shared" and batch_tokens is None:
+        budget = max(budget, 2 * rows.longest)  # or long prompts would have no room to share
     run = forward or forward_of(model)
     details: dict[str, Any] = {}
     alone = scales_per_sequence(model) if policy == "equal length" else nullcontext()
     with torch.inference_mode(), alone:
-        if policy == "shared" and (saved := rows.saved(budget)) < WORTH_SHARING:
+        if policy == "shared" and (saved := rows.saved(budget, tree_width(model))) < WORTH_SHARING:
             policy, details["sharing"] = "padded", f"off: it would save {max(0, saved):.0%}"
         elif policy == "shared":
             sharing = sharing_of(model, rows, sharing, run)
@@ -121,6 +124,16 @@ def default_tokens(model: PreTrainedModel) -> int:
     return max(CPU_TOKENS, min(GPU_TOKENS, free // 4 // per_token))
 
 
+def tree_width(model: PreTrainedModel) -> int:
+    """Most tokens of a tree: what a wide one shares more, a narrow model spends on attention.
+
+    Linears cost 24 hidden² a token and attention 4 hidden × width, so half the hidden size keeps
+    attention near a tenth; the least that was counted on eight task sets lies there.
+    """
+    hidden = int(getattr(model.config.get_text_config(), "hidden_size", 2 * WIDTH))
+    return max(WIDTH // 4, min(WIDTH, hidden // 2))
+
+
 def _score(
     model: PreTrainedModel,
     rows: PackedRows,
@@ -131,7 +144,8 @@ def _score(
 ) -> tuple[list[Score], int, int]:
     """Scores of all rows, the last budget, and how often it was halved."""
     scores = [Score(0.0, True)] * len(rows.rows)
-    left = rows.batches(policy, budget)
+    width = tree_width(model)
+    left = rows.batches(policy, budget, width=width)
     total = sum(len(rows.rows[i].tokens) for i in rows.wanted)
     done = halvings = 0
     while left:
@@ -156,7 +170,8 @@ def _score(
         halvings += 1
         budget = max(1, min(budget, failed.ids.numel()) // 2)
         _free()
-        left = rows.batches(policy, budget, [i for batch in left[finished:] for i in batch.rows])
+        unscored = [i for batch in left[finished:] for i in batch.rows]
+        left = rows.batches(policy, budget, unscored, width)
     return scores, budget, halvings
 
 
@@ -229,7 +244,7 @@ def lacks_memory(error: BaseException) -> bool:
 
 
 def _free() -> None:
-    gc.collect()
+    gc.collect(1)  # what has just failed is young
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
