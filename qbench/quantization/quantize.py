@@ -82,6 +82,8 @@ def quantize_model(
     if scheme.is_identity:
         return result
     _check_request(model, baseline, scheme, calibration)
+    if not needs_calibration(baseline, scheme):
+        calibration = None
     mark_(model, result)
     with torch.no_grad():
         use_eager_experts_(model)

@@ -6,8 +6,9 @@ import os
 import platform
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -16,13 +17,7 @@ PACKAGES = ("qbench", "torch", "transformers", "lm_eval", "datasets", "tokenizer
 
 def environment(device: str = "cpu") -> dict[str, str]:
     """Versions, processor and threads, as text."""
-    found = {"python": platform.python_version(), "system": platform.platform()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    found["cpu"] = _processor()
+    found = dict(_installation())
     found["cpus"] = str(len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count())
     found["device"] = device
     if "torch" in sys.modules:
@@ -32,6 +27,18 @@ def environment(device: str = "cpu") -> dict[str, str]:
         if device.startswith("cuda"):
             found["gpu"] = torch.cuda.get_device_name(device)
     return found
+
+
+@cache
+def _installation() -> Mapping[str, str]:
+    """What does not change while a process runs."""
+    found = {"python": platform.python_version(), "system": platform.platform()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found | {"cpu": _processor()}
 
 
 @contextmanager
