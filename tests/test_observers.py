@@ -8,6 +8,7 @@ import torch
 import qbench_baselines.gptq as gptq
 from qbench import Baseline, CannotQuantize, QBenchError, Statistics, quantize_model
 from qbench.models.blocks import find_blocks, trace_block
+from qbench.quantization import factorize
 from qbench.quantization.calibration import capture
 from qbench.quantization.factorize import (
     damped,
@@ -278,6 +279,14 @@ def test_damping_leaves_the_hessian_itself_alone(hessian):
     lower_cholesky(hessian, 0.01)
     feedback_factor(hessian, 0.01, torch.arange(7, -1, -1))
     assert torch.equal(hessian, before)
+
+
+def test_the_factor_takes_the_place_of_the_one_copy(hessian, monkeypatch):
+    """A hessian of 5504 inputs is 121 MB; a streamed run has no room for a third one."""
+    copies, damp = [], damped
+    monkeypatch.setattr(factorize, "damped", lambda *args: copies.append(damp(*args)) or copies[-1])
+    assert lower_cholesky(hessian, 0.01).matrix.data_ptr() == copies[0].data_ptr()
+    assert len(copies) == 1
 
 
 def test_a_hessian_with_a_negative_direction_climbs_the_ladder(hessian):

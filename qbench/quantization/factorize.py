@@ -50,7 +50,7 @@ def damped(hessian: Tensor, damping: float, order: Tensor | None = None) -> Tens
 def lower_cholesky(hessian: Tensor, percdamp: float, order: Tensor | None = None) -> Factor:
     """L with L Lᵀ = H + damping, climbing the ladder from ``percdamp`` until it exists.
 
-    Besides H, one matrix of its size is held, which becomes the factor.
+    On a CPU one matrix of H's size is held besides it, which becomes the factor.
 
     Args:
         hessian: (in_features, in_features), symmetric; left untouched.
@@ -62,11 +62,13 @@ def lower_cholesky(hessian: Tensor, percdamp: float, order: Tensor | None = None
     """
     if not _finite(hessian):
         raise CannotQuantize("the hessian is not finite")
-    info = torch.empty((), dtype=torch.int32, device=hessian.device)
     for damping in ladder(percdamp):
-        # column-major, as LAPACK wants it: so the factor takes the place of the copy
-        factor = damped(hessian, damping, order).mT
-        torch.linalg.cholesky_ex(factor, out=(factor, info))
+        factor = damped(hessian, damping, order).mT  # column-major, as LAPACK wants it
+        if hessian.device.type == "cpu":  # there the factor can take the place of the copy
+            info = torch.empty((), dtype=torch.int32)
+            torch.linalg.cholesky_ex(factor, out=(factor, info))
+        else:
+            factor, info = torch.linalg.cholesky_ex(factor)
         if int(info) == 0 and _finite(factor):
             return Factor(factor, damping)
         del factor
