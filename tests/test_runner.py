@@ -305,18 +305,17 @@ def test_a_model_that_cannot_be_loaded_is_tried_once(copy_of, tmp_path, monkeypa
     )
     for _ in range(2):
         with pytest.raises(QBenchError, match="NaN or infinite"):
-            _ = bench.model
+            _ = bench.supply.model
     assert len(loads) == 1
 
 
 def test_a_released_bench_holds_no_model(tiny, text, tmp_path):
     settings = Settings(tasks=(TaskSpec.parse(f"{text}@gptq-16"),))
     bench = Workbench(find_checkpoint(str(tiny)), settings, Store(tmp_path))
-    first = bench.model
-    bench.prepared(settings.tasks[0])
+    first = bench.supply.model
     bench.release()
-    assert "model" not in vars(bench) and not bench._prepared
-    assert bench.model is not first
+    assert "model" not in vars(bench.supply)
+    assert bench.supply.model is not first
 
 
 def test_the_pristine_model_survives_every_cell(tiny, text, tmp_path):
@@ -325,9 +324,9 @@ def test_the_pristine_model_survives_every_cell(tiny, text, tmp_path):
         calibration=CalibrationSpec(source=str(text), nsamples=2, seqlen=16),
     )
     bench = Workbench(find_checkpoint(str(tiny)), settings, Store(tmp_path))
-    before = {name: value.clone() for name, value in bench.model.state_dict().items()}
+    before = {name: value.clone() for name, value in bench.supply.model.state_dict().items()}
     for name, scheme in (("rtn", "W2A8"), ("none", "W16A4"), ("quip", "W2A16")):
         list(bench.run(Cell.of(load_baseline(name), Scheme.parse(scheme)), Reporter(quiet=True)))
-        after = bench.model.state_dict()
+        after = bench.supply.model.state_dict()
         assert all((after[key] == value).all() for key, value in before.items())
-        assert not any(m._forward_pre_hooks or m._forward_hooks for m in bench.model.modules())
+        assert not any(m._forward_pre_hooks or m._forward_hooks for m in bench.supply.model.modules())

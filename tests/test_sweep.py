@@ -20,7 +20,7 @@ from cli_fixtures import DATA, edit_weights, qbench, records, refused
 
 from qbench.errors import QBenchError
 from qbench.progress import Reporter
-from qbench.study import runner
+from qbench.study import runner, supply
 from qbench.study.commands import run_sweep
 from qbench.study.store import Store
 from qbench.study.sweep import Sweep
@@ -217,7 +217,7 @@ def test_a_dry_run_tells_what_is_stored_and_what_failed(write, tmp_path, text, m
     def fail(*args, **kwargs):
         raise ValueError("no idea")
 
-    monkeypatch.setattr(runner, "quantize_model", fail)
+    monkeypatch.setattr(supply, "quantize_model", fail)
     qbench("sweep", write(baselines=["gptq"], schemes=["W4A16"]), code=1)
     more = [f"{text}@gptq-16", f"{text}@documents", f"{text}@gptq-24"]
     out = qbench("sweep", write(schemes=["W4A16"], tasks=more[:2]), "--dry-run").stdout
@@ -264,7 +264,7 @@ def test_a_sweep_measures_every_cell_and_a_second_one_none(write, tmp_path, monk
     def fail(*args, **kwargs):
         raise AssertionError("a finished measurement was repeated")
 
-    monkeypatch.setattr(runner, "quantize_model", fail)
+    monkeypatch.setattr(supply, "quantize_model", fail)
     monkeypatch.setattr(runner.Checkpoint, "load_model", fail)
     second = qbench("sweep", write())
     assert second.stderr.count(": stored\n") == 5
@@ -285,18 +285,18 @@ def test_options_go_before_what_the_file_says(write, tmp_path):
 
 
 def test_one_failing_cell_does_not_stop_the_others(write, tmp_path, monkeypatch):
-    quantize = runner.quantize_model
+    quantize = supply.quantize_model
 
     def sometimes(model, baseline, scheme, *args, **kwargs):
         if type(baseline).__name__ == "RTN" and scheme.wbits == 4:
             raise ValueError("no idea")
         return quantize(model, baseline, scheme, *args, **kwargs)
 
-    monkeypatch.setattr(runner, "quantize_model", sometimes)
+    monkeypatch.setattr(supply, "quantize_model", sometimes)
     first = qbench("sweep", write(), code=1)
     assert "quantization failed: ValueError: no idea" in first.stderr
     assert first.stderr.splitlines()[-1].endswith("1 failed, repeat them with --retry-failed")
-    monkeypatch.setattr(runner, "quantize_model", quantize)
+    monkeypatch.setattr(supply, "quantize_model", quantize)
     second = qbench("sweep", write(), code=1)
     assert "[2/5] tiny · rtn W4A16:w=channel,grid=asym: stored, failed: ValueError" in second.stderr
     qbench("sweep", write(), "--retry-failed")
