@@ -329,4 +329,5 @@ def test_the_pristine_model_survives_every_cell(tiny, text, tmp_path):
         list(bench.run(Cell.of(load_baseline(name), Scheme.parse(scheme)), Reporter(quiet=True)))
         after = bench.supply.model.state_dict()
         assert all((after[key] == value).all() for key, value in before.items())
-        assert not any(m._forward_pre_hooks or m._forward_hooks for m in bench.supply.model.modules())
+        modules = bench.supply.model.modules()
+        assert not any(m._forward_pre_hooks or m._forward_hooks for m in modules)
