@@ -32,6 +32,7 @@ be called with; it makes masks, so it may be called again rather than kept. Memo
 is raised as torch raises it; then the forward is called again with smaller batches."""
 LOGITS_AT_ONCE = 1 << 24
 """Most logits at a time (64 MiB in float32)."""
+_LACKING = ("not enough memory", "can't allocate memory", "out of memory")
 
 
 def forward_of(model: PreTrainedModel) -> Forward:
@@ -47,6 +48,13 @@ def logits_of(model: PreTrainedModel, batches: Iterable[Batch]) -> Iterator[Iter
     """The logits that are wanted of every batch, as ``Forward`` says, of a model in memory."""
     for batch in batches:
         yield _logits(model, batch)
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error says that memory is lacking; the CPU's allocator has no class of its own."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return any(words in str(error) for words in _LACKING)
 
 
 def _logits(model: PreTrainedModel, batch: Batch) -> Iterator[torch.Tensor]:

@@ -114,14 +114,18 @@ class PackedRows:
         self.longest = max((len(rows[i].tokens) - 1 for i in self.wanted), default=0)
         """Tokens of the longest sequence that is run."""
         self._plans: dict[tuple[str, int, int], list[Batch]] = {}
+        self._saved: dict[tuple[int, int], float] = {}
 
     def saved(self, budget: int, width: int = WIDTH) -> float:
         """The share of the tokens of "padded", padding included, that "shared" does not run."""
-        padded, shared = (
-            sum(batch.ids.numel() for batch in self.batches(policy, budget, width=width))
-            for policy in ("padded", "shared")
-        )
-        return 1 - shared / max(1, padded)
+        if (budget, width) not in self._saved:
+            shared = self.batches("shared", budget, width=width)
+            padded = _plan(
+                self.rows, self.wanted, "padded", budget, width
+            )  # seldom wanted: dropped
+            sizes = [sum(batch.ids.numel() for batch in plan) for plan in (shared, padded)]
+            self._saved[budget, width] = 1 - sizes[0] / max(1, sizes[1])
+        return self._saved[budget, width]
 
     def batches(
         self, policy: str, budget: int, left: Sequence[int] | None = None, width: int = WIDTH

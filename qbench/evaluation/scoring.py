@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from qbench.errors import RunFailed, unknown
-from qbench.evaluation.forward import Forward, forward_of
+from qbench.evaluation.forward import Forward, forward_of, lacks_memory
 from qbench.evaluation.packing import WIDTH, Batch, PackedRows, Row
 from qbench.evaluation.sharing import Sharing, sharing_of
 from qbench.evaluation.tasks import BATCHING, Progress
@@ -34,7 +34,6 @@ GPU_TOKENS = 16_384
 """Default budget on a GPU with memory enough."""
 WORTH_SHARING = 0.1
 """Share of the tokens that trees have to save: attention under a mask costs about as much."""
-_LACKING = ("not enough memory", "can't allocate memory", "out of memory")
 
 
 @dataclass(frozen=True)
@@ -96,18 +95,19 @@ def score(
     if policy not in BATCHING:
         raise unknown("batching", policy, BATCHING)
     budget = batch_tokens or default_tokens(model)
-    if policy == "shared" and batch_tokens is None:
-        budget = max(budget, 2 * rows.longest)  # or long prompts would have no room to share
+    # long prompts would have no room to share
+    trees = batch_tokens or max(budget, 2 * rows.longest)
     run = forward or forward_of(model)
     details: dict[str, Any] = {}
     alone = scales_per_sequence(model) if policy == "equal length" else nullcontext()
     with torch.inference_mode(), alone:
-        if policy == "shared" and (saved := rows.saved(budget, tree_width(model))) < WORTH_SHARING:
-            policy, details["sharing"] = "padded", f"off: it would save {max(0, saved):.0%}"
-        elif policy == "shared":
+        if policy == "shared":
+            saved = rows.saved(trees, tree_width(model))
+            if saved < WORTH_SHARING:
+                sharing = Sharing(False, f"off: it would save {max(0, saved):.0%}")
             sharing = sharing_of(model, rows, sharing, run)
             details["sharing"] = sharing.reason
-            policy = "shared" if sharing.exact else "padded"
+            policy, budget = ("shared", trees) if sharing.exact else ("padded", budget)
         scores, budget, halvings = _score(model, rows, policy, budget, run, progress)
     details |= {"batching": policy, "batch_tokens": budget, "oom_halvings": halvings}
     return Scored(scores, details)
@@ -119,7 +119,7 @@ def default_tokens(model: PreTrainedModel) -> int:
         return CPU_TOKENS
     config = model.config.get_text_config()
     free, _ = torch.cuda.mem_get_info(model.device)
-    # per token about two score rows of a tree, some twenty vectors of the block and their masks
+    # bytes a token needs in a block: its vectors, and its row of every head's attention
     per_token = 64 * int(getattr(config, "hidden_size", 4096))
     return max(CPU_TOKENS, min(GPU_TOKENS, free // 4 // per_token))
 
@@ -234,13 +234,6 @@ def per_request(scores: Iterable[Score], requests: Iterable[Sequence[Row]]) -> l
     return [
         Score(sum(s.loglikelihood for s in part), all(s.is_greedy for s in part)) for part in parts
     ]
-
-
-def lacks_memory(error: BaseException) -> bool:
-    """Whether an error says that memory is lacking; the CPU's allocator has no class of its own."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return any(words in str(error) for words in _LACKING)
 
 
 def _free() -> None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from qbench.evaluation.forward import Forward, forward_of
+from qbench.evaluation.forward import Forward, forward_of, lacks_memory
 from qbench.evaluation.packing import Batch, PackedRows, Row
 from qbench.quantization.activations import activations_off
 
@@ -94,10 +94,15 @@ def test_sharing(
         except Exception as error:  # noqa: BLE001 - whatever a model raises, it cannot share
             kind = type(error).__name__
             return Sharing(False, f"off: {kind} with a mask of its own", packed.longest)
-        padded = _values(model, sample.batches("padded", 2 * sample.longest), run)
-        if _largest(shared, padded) <= _FLOOR:
-            return Sharing(True, "exact", packed.longest)
-        single = _values(model, sample.batches("padded", 1), run)
+        try:
+            padded = _values(model, sample.batches("padded", 2 * sample.longest), run)
+            if _largest(shared, padded) <= _FLOOR:
+                return Sharing(True, "exact", packed.longest)
+            single = _values(model, sample.batches("padded", 1), run)
+        except (RuntimeError, MemoryError) as error:
+            if not lacks_memory(error):
+                raise
+            return Sharing(False, "off: no memory to test it", packed.longest)
     return _verdict(shared, padded, single, model, packed.longest)
 
 
