@@ -6,7 +6,6 @@ answer at once. Exit codes: 0 done, 1 a run failed, 2 wrong usage, 130 interrupt
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from io import TextIOWrapper
@@ -17,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from qbench.errors import QBenchError
-from qbench.threads import wait_passively
+from qbench.process import set_up
 
 
 class _Commands(TyperGroup):
@@ -66,8 +65,7 @@ DEFAULT_RESULTS = Path("results/runs")
 
 def main() -> None:
     """Run the command line."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    wait_passively()
+    set_up()
     for stream in (sys.stdout, sys.stderr):  # a terminal without ± gets a question mark
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")

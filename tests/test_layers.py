@@ -37,7 +37,7 @@ RANK = {room: number for number, layer in enumerate(LAYERS) for room in layer}
 IMPORTS_LM_EVAL = {"qbench/evaluation/zeroshot.py", "qbench/evaluation/lm.py"}
 
 TORCH_FREE = """
-    qbench qbench.errors qbench.scheme qbench.record qbench.registry qbench.progress qbench.threads
+    qbench qbench.errors qbench.scheme qbench.record qbench.registry qbench.progress qbench.process
     qbench.cli
     qbench.evaluation.tasks qbench.evaluation.corpora qbench.evaluation.data
     qbench.evaluation.definitions qbench.evaluation.estimates
