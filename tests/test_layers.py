@@ -22,7 +22,7 @@ SOURCES = sorted([*ROOT.glob("qbench/**/*.py"), *ROOT.glob("baselines/**/*.py")]
 BASELINES = sorted(ROOT.glob("baselines/*.py"))
 
 LAYERS = (  # from the ground up; the vocabulary is one layer, and so is each folder
-    ("errors", "scheme", "grid", "record", "registry", "baseline", "progress", "threads"),
+    ("errors", "scheme", "grid", "record", "registry", "baseline", "progress", "process"),
     ("models",),
     ("quantization",),
     ("evaluation",),
