@@ -32,6 +32,8 @@ CPU_TOKENS = 512
 """Default budget on a CPU: matrices are large enough to run at full speed, and fit its caches."""
 GPU_TOKENS = 16_384
 """Default budget on a GPU with memory enough."""
+_IN_CACHE = 1 << 19
+"""Logits that are worked on together on a CPU: passes over more of them wait for memory."""
 WORTH_SHARING = 0.1
 """Share of the tokens that trees have to save: attention under a mask costs about as much."""
 
@@ -205,14 +207,20 @@ def _of_tokens(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability in float32 of targets at places, and whether each is the first choice."""
     value = logits[place, target].float()
-    top = logits.amax(dim=-1)
-    first = value == top[place].float()
+    step = len(logits) if logits.is_cuda else max(1, _IN_CACHE // logits.shape[-1])
+    tops, totals = zip(*(_top_and_total(part) for part in logits.split(step)), strict=True)
+    top, total = torch.cat(tops), torch.cat(totals)
+    first = value == top[place]
     likely = first.nonzero()[:, 0]  # an argmax over the vocabulary costs more than a maximum
     first[likely] = logits[place[likely]].argmax(dim=-1) == target[likely]
-    top = top.float()
-    # a difference with a float32 column is float32: no copy of the logits before it
-    total = (logits - top[:, None]).exp_().sum(dim=-1).log_() + top
     return value - total[place], first
+
+
+def _top_and_total(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Largest logit and log of the sum of exponentials of each row, in float32."""
+    top = logits.amax(dim=-1).float()
+    # a difference with a float32 column is float32: no copy of the logits before it
+    return top, (logits - top[:, None]).exp_().sum(dim=-1).log_() + top
 
 
 def row_scores(batch: Batch, values: np.ndarray, greedy: np.ndarray) -> dict[int, Score]:
