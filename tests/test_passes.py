@@ -133,6 +133,16 @@ def test_methods_share_the_hessians_of_the_first_block(monkeypatch):
     assert ran.count("model.layers.0") == 1
 
 
+def test_a_pass_that_only_observes_ends_at_the_last_linear_observed():
+    model, ran = tiny_model(), []
+    for name, module in model.named_modules():
+        if name.endswith(("gate_proj", "down_proj")):
+            module.register_forward_hook(lambda *_, name=name: ran.append(name))
+    quantize_model(model, "gptq", "W4A16", WINDOWS)
+    for block in ("model.layers.0.mlp.", "model.layers.1.mlp."):  # its input is seen, and no more
+        assert ran.count(f"{block}down_proj") == ran.count(f"{block}gate_proj") - 1
+
+
 @dataclass(frozen=True)
 class Looking(Baseline):
     """Reads every batch that enters and leaves a block in full precision."""

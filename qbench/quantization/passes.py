@@ -9,7 +9,7 @@ method.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, overload
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qbench.models.blocks import Block, find_blocks, trace_block
+from qbench.models.bypass import Stop
 from qbench.models.linear import Linear
 from qbench.models.streaming import resident, stream_of
 from qbench.quantization.calibration import Captured, capture, observing
@@ -107,7 +108,7 @@ class Calibration:
         if known is not None:
             return dict(known)
         entering = self.entering(number)
-        stats, leaving = collect(block, list(block.linears), wanted, entering)
+        stats, leaving = collect(block, list(block.linears), wanted, entering, advance)
         self._leaving = leaving if advance else None
         if self.keep and (number == 0 or _are_vectors(stats, wanted)):
             self._kept[number, wanted] = dict(stats)
@@ -151,12 +152,17 @@ class Lazy(Sequence[Tensor]):
 
 
 def collect(
-    block: Block, names: list[str], wanted: Wanted, hidden: Sequence[Tensor]
+    block: Block,
+    names: list[str],
+    wanted: Wanted,
+    hidden: Sequence[Tensor],
+    needs_outputs: bool = True,
 ) -> tuple[dict[str, Statistics], list[Tensor]]:
     """Run the block over all batches and observe what enters the named linears.
 
     Returns:
-        Statistics per name, one object for linears that read the same tensor; and the outputs.
+        Statistics per name, one object for linears that read the same tensor; and the outputs,
+        none where they are not needed: then each run ends at the last linear to be observed.
     """
     chosen = set(names)
     stats: dict[str, Statistics] = {}
@@ -167,15 +173,31 @@ def collect(
             shared = Statistics(wanted)
             leaders[members[0]] = shared
             stats |= dict.fromkeys(members, shared)
+    last = None if needs_outputs else _last_to_run(block, leaders)
     outputs: list[Tensor] = []
+    sequences = 0
 
     def see(linear: Linear, x: Tensor) -> None:
-        leaders[linear.name].update(x, n_sequences=len(hidden[len(outputs)]))
+        leaders[linear.name].update(x, n_sequences=sequences)
+        if linear.name == last:
+            raise Stop
 
     with observing([block.linears[name] for name in leaders], see):
         for index, entering in enumerate(hidden):
-            outputs.append(block.run(entering, index))
-    return stats, outputs
+            sequences = len(entering)
+            try:
+                outputs.append(block.run(entering, index))
+            except Stop:
+                continue
+    return stats, outputs if needs_outputs else []
+
+
+def _last_to_run(block: Block, names: Iterable[str]) -> str | None:
+    """Which of the linears runs last; None where that may differ from batch to batch."""
+    if not all(linear.sees_sequences for linear in block.linears.values()):  # experts are routed
+        return None
+    order = list(block.linears)
+    return max(names, key=order.index, default=None)
 
 
 @contextmanager

@@ -264,7 +264,7 @@ class _Loop:
         if wanted and untouched and self.calibration.keep and not rewrites(self.baseline):
             stats = self.calibration.statistics(number, block, wanted, advance=False)
         elif wanted:
-            stats, _ = collect(block, names, wanted, self.hidden)
+            stats, _ = collect(block, names, wanted, self.hidden, needs_outputs=False)
         else:
             stats = {name: Statistics() for name in names}
         for name in names:
