@@ -110,14 +110,9 @@ test_sharing.__test__ = False  # type: ignore[attr-defined]  # no test of pytest
 
 
 def _sample(packed: PackedRows) -> list[int]:
-    """The first rows, and the longest with the one next to it."""
-    order = packed.wanted
-    if not order:
-        return []
-    longest = max(range(len(order)), key=lambda n: len(packed.rows[order[n]].tokens))
-    places = {*range(min(_FIRST_ROWS, len(order))), longest}
-    places.add(longest - 1 if longest else min(1, len(order) - 1))
-    return [order[n] for n in sorted(places)]
+    """The first rows and the longest one, which then branches off from rows unlike it."""
+    longest = sorted(packed.wanted, key=lambda i: -len(packed.rows[i].tokens))[:1]
+    return sorted({*packed.wanted[:_FIRST_ROWS], *longest})
 
 
 _Values = dict[int, np.ndarray]
