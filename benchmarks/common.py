@@ -50,14 +50,19 @@ def parser(description: str, repeats: int = 5, threads: int | None = None) -> An
     made.add_argument("--threads", type=int, default=threads or os.cpu_count() or 1)
     made.add_argument(
         "--data",
-        type=Path,
-        default=Path(os.environ["QBENCH_DATA"]) if os.environ.get("QBENCH_DATA") else None,
+        type=_whole,
+        default=_whole(os.environ["QBENCH_DATA"]) if os.environ.get("QBENCH_DATA") else None,
         help="folder with tasks/<task>/<split>.jsonl and corpora/ (or QBENCH_DATA)",
     )
-    made.add_argument("--output", type=Path, help="folder of the report (benchmarks/results)")
-    made.add_argument("--work", type=Path, default=MODELS, help="folder of models that are made")
+    made.add_argument("--output", type=_whole, help="folder of the report (benchmarks/results)")
+    made.add_argument("--work", type=_whole, default=MODELS, help="folder of models that are made")
     made.add_argument("--child", help=argparse.SUPPRESS)
     return made
+
+
+def _whole(text: str) -> Path:
+    """A path that means the same in every folder a child runs in."""
+    return Path(text).expanduser().resolve()
 
 
 def output_folder(options: Any) -> Path:
@@ -159,15 +164,18 @@ def child_environment(threads: int, more: Mapping[str, str] | None = None) -> di
 
 
 def child(
-    command: Sequence[str], threads: int, variables: Mapping[str, str] | None = None
+    command: Sequence[str],
+    threads: int,
+    variables: Mapping[str, str] | None = None,
+    folder: Path = ROOT,
 ) -> dict[str, Any]:
-    """Run a process from the project's folder; the last line it prints is its answer, in JSON.
+    """Run a process in a folder; the last line of JSON it prints is its answer.
 
     Raises:
         RuntimeError: with the end of what it said on standard error.
     """
     given = child_environment(threads, variables)
-    done = subprocess.run(command, capture_output=True, text=True, env=given, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, env=given, cwd=folder)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
         words = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]

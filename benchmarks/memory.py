@@ -161,7 +161,6 @@ def main() -> None:
         sys.exit(absent)
     if options.quick:
         options.seqlen, options.max_length = 128, 256
-    options.data, options.work = options.data.resolve(), options.work.resolve()
     title = "Memory: streaming 1.1 B parameters"
     report = Report("memory", title, str(options.threads))
     found = measure(options)

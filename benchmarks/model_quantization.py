@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,8 @@ def one_repeat(side: str, checkpoint: Path, windows: Path, threads: int) -> dict
     # ninja and the like of the peer's own environment come first
     path = f"{peer.python.parent}{os.pathsep}{os.environ.get('PATH', '')}"
     command = [str(peer.python), str(script), *arguments]
-    return common.child(command, threads, {**peer.variables, "PATH": path})
+    with tempfile.TemporaryDirectory() as folder:  # some leave logs where they run
+        return common.child(command, threads, {**peer.variables, "PATH": path}, Path(folder))
 
 
 def measure(options: Any, sides: list[str]) -> dict[str, Any]:

@@ -117,7 +117,6 @@ def add_row(report: Report, table: Table, name: str, bar: float, times: Times | 
 
 def main() -> None:
     options = common.parser(__doc__ or "").parse_args()
-    options.work = options.work.resolve()
     report = Report("startup", "Start-up", str(options.threads))
     measure(options, report)
     report.save(options)
