@@ -240,23 +240,25 @@ def plot(
     Against size, full-precision and trained rows are there, and quantized ones where --baseline or
     --scheme names them.
     """
+    from qbench.study.imports import uncollected
     from qbench.study.plots import plot as draw
     from qbench.study.store import Store
 
-    path = draw(
-        Store(results),
-        kind,
-        output=output,
-        x=x,
-        metric=metric,
-        against=against,
-        width_in=width,
-        checkpoints=checkpoint or None,
-        baselines=baseline or None,
-        schemes=scheme or None,
-        tasks=task or None,
-        num_fewshot=num_fewshot,
-    )
+    with uncollected():  # pandas and matplotlib are imported in there
+        path = draw(
+            Store(results),
+            kind,
+            output=output,
+            x=x,
+            metric=metric,
+            against=against,
+            width_in=width,
+            checkpoints=checkpoint or None,
+            baselines=baseline or None,
+            schemes=scheme or None,
+            tasks=task or None,
+            num_fewshot=num_fewshot,
+        )
     print(path)
 
 
