@@ -16,7 +16,6 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from qbench.errors import QBenchError
-from qbench.evaluation import prompts
 from qbench.evaluation.definitions import pinned_tasks, read_definition
 from qbench.evaluation.encoding import Encoder, own_bos, pair_rows, rolling_rows
 from qbench.evaluation.evaluate import prepare_task
@@ -208,37 +207,6 @@ def test_trap_4_encodings_differ_in_key_and_number(model, tokenizer):
     assert len({p.key_fields["encoding"] for p in prepared}) == 3
     sums = [p.run(model).items["loglikelihood"].sum() for p in prepared]
     assert len(set(np.round(sums, 3))) == 3
-
-
-@pytest.mark.parametrize("encoding", ["joint+bos", "joint", "lmeval03"])
-def test_pairs_encoded_together_are_those_encoded_one_by_one(tokenizer, encoding):
-    requests = [
-        ("The old man ", " sold"),
-        ("", " sold the boat"),
-        ("  ", "x"),
-        ("The old man ", " sold"),
-        ("The", ""),
-        ("Question: because Anna\n", "\n promised"),
-    ]
-    encoder = Encoder(tokenizer, encoding)
-    assert encoder.pairs(requests) == [encoder.pair(*request) for request in requests]
-
-
-def test_templates_are_compiled_once_and_nothing_stays_on_lm_eval(tokenizer, monkeypatch):
-    from lm_eval.utils import env
-
-    prompts._compiled.cache_clear()
-    compiled, inner = [], type(env).from_string
-    monkeypatch.setattr(
-        type(env), "from_string", lambda self, text: compiled.append(text) or inner(self, text)
-    )
-    prepared = prepare("arc_easy", tokenizer)
-    assert len(prepared.questions) == 5
-    assert compiled and len(compiled) == len(set(compiled))
-    assert "from_string" not in vars(env)
-    with prompts.compiled_once(env), prompts.compiled_once(env):
-        assert "from_string" in vars(env)
-    assert "from_string" not in vars(env)
 
 
 def test_trap_5_a_token_across_the_join_is_scored_with_the_continuation(model, tokenizer):
