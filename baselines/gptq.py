@@ -19,7 +19,7 @@ columns are zeroed, and so is this one. Left out: packing, and the trits mode.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -33,8 +33,8 @@ from qbench import (
     Scheme,
     Statistics,
     check_group_size,
-    feedback_factor,
     get_grid,
+    lower_cholesky,
     round_columns_,
     rows_of,
     search_clip,
@@ -94,21 +94,41 @@ class GPTQ(Baseline):
         """
         check_group_size(weight.shape[1], scheme.group_size)
         key = f"gptq:{self.percdamp}:{self.act_order}"
-        dead, order, factor, damping = stats.cached(key, lambda: self._factorize(stats.hessian))
-        columns = _Columns(self, weight, scheme, dead, order)
-        columns.walk(factor)
-        return columns.result(damping)
+        path = stats.cached(key, lambda: self._factorize(stats.hessian))
+        columns = _Columns(self, weight, scheme, path)
+        columns.walk(path)
+        return columns.result(path)
 
-    def _factorize(self, hessian: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
-        """Dead inputs, columns in the order of the walk from its end, its factor, the damping."""
+    def _factorize(self, hessian: Tensor) -> _Path:
         diagonal = hessian.diagonal()
         dead = diagonal == 0
         if self.act_order:
             order = diagonal.masked_fill(dead, 1).argsort(descending=True).flip(0)
         else:
             order = torch.arange(len(hessian) - 1, -1, -1, device=hessian.device)
-        factor, damping = feedback_factor(hessian, self.percdamp, order)
-        return dead, order, factor, damping
+        factor, damping = lower_cholesky(hessian, self.percdamp, order)
+        added = dead + damping * diagonal.masked_fill(dead, 1).mean()
+        pivots = factor.diagonal().clone()
+        return _Path(order, factor.div_(pivots), pivots.square(), added, dead, damping)
+
+
+class _Path(NamedTuple):
+    """What the walk over the columns of every matrix with one input goes along.
+
+    H + added = L D Lᵀ, with rows and columns in ``order``; the walk ends at the first of them.
+    """
+
+    order: Tensor
+    """Columns in the order of the walk, (in_features,)."""
+    factor: Tensor
+    """L, unit lower triangular; what stands above the diagonal is not read."""
+    pivots: Tensor
+    """D, (in_features,), in the order of the walk."""
+    added: Tensor
+    """What the diagonal got on top, (in_features,), in the order of the inputs."""
+    dead: Tensor
+    """Inputs that never fire, (in_features,), in the order of the inputs."""
+    damping: float
 
 
 class _Columns:
@@ -118,9 +138,8 @@ class _Columns:
     errors of those that have been; ``codes`` what they were rounded to.
     """
 
-    def __init__(
-        self, config: GPTQ, weight: Tensor, scheme: Scheme, dead: Tensor, order: Tensor
-    ) -> None:
+    def __init__(self, config: GPTQ, weight: Tensor, scheme: Scheme, path: _Path) -> None:
+        order, dead = path.order, path.dead
         self.config, self.order = config, order
         self.grid: Grid = get_grid(scheme.grid)
         self.bits = scheme.wbits
@@ -141,6 +160,8 @@ class _Columns:
             self.scale, self.zero_point = (part.squeeze(-1) for part in affine)
         self.errors = weight.index_select(1, order)
         self.codes = torch.empty_like(self.errors)
+        self.loss = weight.new_zeros(weight.shape[0])
+        """Of each row, Σ D (E L)²: tr(ΔHΔᵀ) with what was added to H."""
 
     def fit(self, rows: Tensor) -> Affine:
         """Scale and zero point of ``rows`` (..., n)."""
@@ -148,8 +169,9 @@ class _Columns:
             return search_clip(self.grid, rows, self.bits)
         return self.grid.fit(rows, self.bits)
 
-    def walk(self, factor: Tensor) -> None:
-        """Round all columns, feeding errors back along ``factor`` (in_features, in_features)."""
+    def walk(self, path: _Path) -> None:
+        """Round all columns, feeding errors back along the path."""
+        factor = path.factor
         rounding = Rounding(self.grid.qmin(self.bits), self.grid.qmax(self.bits))
         corrections, bounds = Corrections(self.errors, factor), self.bounds()
         for end, start in zip(bounds, bounds[1:], strict=False):
@@ -165,6 +187,9 @@ class _Columns:
             affine = (self.scale, self.zero_point)
             square = factor[start:end, start:end]
             round_columns_(codes, block, square, affine, rounding, self.group_of[start:end])
+            # E L: what later columns added, and this block's own part
+            moved = torch.addmm(pulled[:, start - reach :] + block, block, square.tril(-1))
+            self.loss.addmv_(moved.square_(), path.pivots[start:end])
 
     def bounds(self) -> list[int]:
         """Where blocks of columns begin and end, in the order of the walk: downwards to 0."""
@@ -189,8 +214,9 @@ class _Columns:
         for table, part in zip((self.scale, self.zero_point), affine, strict=True):
             table[:, first:past] = part.squeeze(-1)
 
-    def result(self, damping: float) -> QuantizedWeight:
+    def result(self, path: _Path) -> QuantizedWeight:
         """Everything back in the original order of the columns."""
+        proxy = self.loss - self.errors.square() @ path.added[self.order]
         back = self.order.argsort()
         codes, index = self.codes.index_select(1, back), None
         if self.config.act_order and self.fits_on_the_way:  # consecutive in the walk only
@@ -205,7 +231,8 @@ class _Columns:
             scale=self.scale,
             zero_point=self.zero_point,
             g_idx=index,
-            report={"damping": damping},
+            proxy=proxy,
+            report={"damping": path.damping},
         )
 
     def decode(self, codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:

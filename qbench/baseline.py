@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 class TransformContext:
     """What a baseline sees of one block before its weights are rounded.
 
-    ``inputs`` and ``reference_outputs`` are sequences over calibration batches, worked out when they
-    are looked into; a method that needs neither never touches them.
+    ``inputs`` and ``reference_outputs`` are sequences over calibration batches, worked out when
+    they are looked into; a method that needs neither never touches them.
     """
 
     block: Block

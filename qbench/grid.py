@@ -299,8 +299,9 @@ class QuantizedWeight:
     g_idx: Tensor | None = None
     """Group of every input channel, (in_features,), where groups are not consecutive."""
     stored_bits: float | None = None
-    """Bits the matrix needs in all, where the default (codes, fp16 scales, zero points at the code
-    width) does not describe it."""
+    """Bits in all, where codes, fp16 scales and zero points of the code width do not say it."""
+    proxy: Tensor | None = None
+    """tr(ΔHΔᵀ) of every row, undamped, (out_features,); worked out where it is not given."""
     input_transform: Callable[[Tensor], Tensor] | None = None
     """Applied to the linear's input at run time, for methods that rotate activations online."""
     report: dict[str, object] | None = None

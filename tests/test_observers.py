@@ -226,8 +226,8 @@ def test_a_stage_of_some_linears_still_shares_what_they_read():
 
 def test_gptq_factorizes_one_hessian_per_shared_input(monkeypatch):
     calls = []
-    factorize = gptq.feedback_factor
-    monkeypatch.setattr(gptq, "feedback_factor", lambda *args: calls.append(1) or factorize(*args))
+    factorize = gptq.lower_cholesky
+    monkeypatch.setattr(gptq, "lower_cholesky", lambda *args: calls.append(1) or factorize(*args))
     result = quantize_model(tiny_model(), "gptq", "W4A16", tiny_windows(4, 24))
     assert len(result.layers) == 14 and len(calls) == 8  # two blocks of seven, four inputs each
 

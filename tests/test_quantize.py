@@ -28,10 +28,14 @@ from qbench import (
 )
 from qbench.baseline import resolve_scheme
 from qbench.errors import RunFailed
+from qbench.models.blocks import find_blocks, trace_block
 from qbench.models.saving import save_checkpoint
 from qbench.quantization.activations import ActivationQuantizer
+from qbench.quantization.calibration import capture
+from qbench.quantization.passes import collect
+from qbench.quantization.rounding import quadratic
 from qbench.record import BaselineSpec, QuantizationKey, QuantizationRecord
-from qbench.registry import baseline_entry_points
+from qbench.registry import baseline_entry_points, load_baseline
 from qbench.testing import tiny_model, tiny_tokenizer, tiny_windows
 from qbench_baselines.gptq import GPTQ
 from qbench_baselines.quip import QuIP
@@ -819,3 +823,34 @@ def test_progress_names_every_block_and_ends_at_the_number_of_blocks():
     seen = []
     quantize_model(tiny_model(), "rtn", "W4A16", progress=lambda *step: seen.append(step))
     assert seen == [(0, 2, "model.layers.0"), (1, 2, "model.layers.1"), (2, 2, "done")]
+
+
+def test_a_methods_own_proxy_loss_is_that_of_its_weights():
+    """GPTQ knows it from its walk: with dead inputs, more damping, groups and another order."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 40, 64, generator=generator) * torch.rand(64, generator=generator)
+    x[..., 5] = 0
+    stats = Statistics(("hessian",))
+    stats.update(x)
+    weight = torch.randn(48, 64, generator=generator)
+    for fields in ({}, {"act_order": True}, {"percdamp": 0.3}, {"block_size": 20}):
+        for text in ("W3A16:w=channel,grid=asym", "W3A16g16:grid=asym"):
+            method = load_baseline("gptq", fields).instance
+            found = method.quantize_weight(weight, Scheme.parse(text), stats, generator)
+            delta = (weight - found.weight).double()
+            expected = ((delta @ stats.hessian.double()) * delta).sum(1)
+            assert torch.allclose(found.proxy.double(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_the_energy_of_outputs_is_the_proxy_of_the_whole_weight():
+    model = tiny_model("opt")  # with biases
+    captured = capture(model, WINDOWS)
+    name, module = find_blocks(model)[0]
+    with torch.no_grad():
+        block = trace_block(name, module, captured.runner(name, module), captured.hidden[0])
+        stats, _ = collect(block, list(block.linears), ("hessian",), captured.hidden)
+    for linear in block.linears.values():
+        seen = stats[linear.name]
+        energy = seen.energies[f"{name}.{linear.name}"] * 2 / seen.n_sequences
+        expected = quadratic(linear.weight, seen.hessian)
+        assert float(energy) == pytest.approx(float(expected), rel=1e-4)

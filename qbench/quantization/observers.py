@@ -146,6 +146,8 @@ class Statistics:
         self._cache: dict[str, Any] = {}
         self.n_tokens = 0
         self.n_sequences = 0
+        self.energies: dict[str, Tensor] = {}
+        """Per linear that was seen to compute, Σ |W x|² over all tokens; float32."""
 
     def update(self, x: Tensor, n_sequences: int | None = None) -> None:
         """Show inputs (sequences, tokens, in_features), or one sequence (tokens, in_features).

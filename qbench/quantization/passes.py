@@ -9,7 +9,7 @@ method.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, overload
@@ -182,7 +182,7 @@ def collect(
         if linear.name == last:
             raise Stop
 
-    with observing([block.linears[name] for name in leaders], see):
+    with observing([block.linears[name] for name in leaders], see), _energies(block, stats):
         for index, entering in enumerate(hidden):
             sequences = len(entering)
             try:
@@ -190,6 +190,34 @@ def collect(
             except Stop:
                 continue
     return stats, outputs if needs_outputs else []
+
+
+@contextmanager
+def _energies(block: Block, stats: Mapping[str, Statistics]) -> Iterator[None]:
+    """Add up |W x|² of linears whose hessian is collected: it is tr(WHWᵀ), for the asking."""
+    handles = []
+
+    def adding(linear: Linear, seen: Statistics) -> Callable[..., None]:
+        name = f"{block.name}.{linear.name}"
+
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            bias = getattr(module, "bias", None)
+            product = output if bias is None else output - bias
+            energy = torch.linalg.vector_norm(product, dtype=torch.float32).square()
+            seen.energies[name] = seen.energies.get(name, 0.0) + energy
+
+        return hook
+
+    for name, seen in stats.items():
+        linear = block.linears[name]
+        if "hessian" in seen and linear.has_module:
+            hook = adding(linear, seen)
+            handles.append(linear.module.register_forward_hook(hook))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _last_to_run(block: Block, names: Iterable[str]) -> str | None:

@@ -25,6 +25,9 @@ from qbench.quantization.observers import Statistics
 from qbench.record import LayerReport
 from qbench.scheme import Scheme
 
+STACKED = 1 << 22
+"""Most weights in a stack of matrices: larger ones fill the machine alone, and need the memory."""
+
 
 @dataclass
 class _InputTransform:
@@ -83,7 +86,7 @@ class Rounder:
             alone = not shared or block.linears[name].expert is not None
             key = (name,) if alone else (id(stats[name]), str(scheme))
             stacks.setdefault(key, []).append(name)
-        return list(stacks.values())
+        return [part for stack in stacks.values() for part in _no_larger(stack, block)]
 
     def _round_stack_(
         self, block: Block, names: list[str], scheme: Scheme, stats: dict[str, Statistics]
@@ -135,6 +138,12 @@ class Rounder:
             )
 
 
+def _no_larger(stack: list[str], block: Block) -> list[list[str]]:
+    """The stack, or its members one by one where it would be too large."""
+    size = sum(block.linears[name].weight.numel() for name in stack)
+    return [stack] if size <= STACKED else [[name] for name in stack]
+
+
 def _untouched(block: Block, linear: Linear, scheme: Scheme) -> LayerReport:
     return LayerReport(
         name=f"{block.name}.{linear.name}",
@@ -154,7 +163,13 @@ def _split(quantized: QuantizedWeight, rows: list[int]) -> list[QuantizedWeight]
     def apart(tensor: Tensor | None) -> list[Tensor | None]:
         return [None] * len(rows) if tensor is None else list(tensor.split(rows))
 
-    fields = (quantized.weight, quantized.codes, quantized.scale, quantized.zero_point)
+    fields = (
+        quantized.weight,
+        quantized.codes,
+        quantized.scale,
+        quantized.zero_point,
+        quantized.proxy,
+    )
     bits = quantized.stored_bits
     return [
         replace(
@@ -163,9 +178,10 @@ def _split(quantized: QuantizedWeight, rows: list[int]) -> list[QuantizedWeight]
             codes=codes,
             scale=scale,
             zero_point=zero_point,
+            proxy=proxy,
             stored_bits=None if bits is None else bits * count / total,
         )
-        for count, weight, codes, scale, zero_point in zip(
+        for count, weight, codes, scale, zero_point, proxy in zip(
             rows, *(apart(field) for field in fields), strict=True
         )
     ]
@@ -191,7 +207,7 @@ def _report(
         shape=(out_features, in_features),
         scheme=str(scheme),
         relative_error=None if delta is None else _ratio(_square(delta), _square(weight)),
-        proxy_loss=None if delta is None else proxy_loss(delta, weight, stats),
+        proxy_loss=None if delta is None else _proxy_loss(name, delta, weight, quantized, stats),
         stored_bits=stored_bits(quantized, scheme),
         damping=damping,
         fallback=fallback,
@@ -200,12 +216,27 @@ def _report(
     )
 
 
-def proxy_loss(delta: Tensor, weight: Tensor, stats: Statistics) -> float | None:
-    """tr(ΔHΔᵀ) / tr(WHWᵀ) in the original basis, undamped; None without a hessian."""
+def _proxy_loss(
+    name: str, delta: Tensor, weight: Tensor, quantized: QuantizedWeight, stats: Statistics
+) -> float | None:
+    """tr(ΔHΔᵀ) / tr(WHWᵀ) in the original basis, undamped; None without a hessian.
+
+    Either is a product as large as the method's own work, so what is known already is taken: the
+    method's loss, and the energy of the linear's outputs.
+    """
     if "hessian" not in stats or stats.hessian is None:
         return None
-    hessian = stats.hessian.to(weight.device)
-    return _ratio(((delta @ hessian) * delta).sum(), ((weight @ hessian) * weight).sum())
+    lost = None if quantized.proxy is None else quantized.proxy.double().sum().clamp(min=0)
+    if lost is None:
+        lost = quadratic(delta, stats.hessian)
+    energy = stats.energies.get(name)
+    whole = quadratic(weight, stats.hessian) if energy is None else energy * (2 / stats.n_sequences)
+    return _ratio(lost, whole)
+
+
+def quadratic(matrix: Tensor, hessian: Tensor) -> Tensor:
+    """tr(M H Mᵀ) for a matrix (out_features, in_features)."""
+    return ((matrix @ hessian.to(matrix.device)) * matrix).sum(dtype=torch.float64)
 
 
 def _square(x: Tensor) -> Tensor:
