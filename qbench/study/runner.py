@@ -304,7 +304,9 @@ class Workbench:
             reporter.step(f"{key.task} of {plan.cell}") as progress,
         ):
             try:
-                result = task.run(model, progress, batching_of(model))
+                batching = batching_of(model)
+                sharing = None if batching else self.supply.sharing(task, model)
+                result = task.run(model, progress, batching, sharing)
             except Exception as error:
                 record.status, record.error = "failed", _describe(error)
             else:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from qbench.evaluation.sharing import Sharing
+    from qbench.evaluation.tasks import PreparedTask
     from qbench.quantization.passes import Calibration
 
 WORK = "blocks"
@@ -56,6 +58,10 @@ class Supply(ABC):
             folder: of the cell in the store.
             progress: told about every block.
         """
+
+    def sharing(self, task: PreparedTask, model: PreTrainedModel) -> Sharing | None:
+        """Whether a task's rows may share their beginning on a cell's model."""
+        return task.test_sharing(model)
 
     def done(self, folder: Path) -> None:  # noqa: B027
         """Everything about the cell with this folder is stored."""
@@ -172,6 +178,10 @@ class InMemory(Supply):
         if self._calibration is None:
             self._calibration = Calibration(self.model, windows())
         return self._calibration
+
+    def sharing(self, task: PreparedTask, model: PreTrainedModel) -> Sharing | None:
+        """Asked of the pristine model, once for all its copies."""
+        return task.test_sharing(self.model)
 
     def release(self) -> None:
         """Let go of both models."""
