@@ -51,6 +51,16 @@ def hflm(model: Any, tokenizer: Any, batch_size: int) -> Any:
     return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=MAX_LENGTH)
 
 
+def score_with_hflm(lm: Any, encoded: list[Any], batch_size: int) -> list[tuple[float, bool]]:
+    """Log-likelihoods by HFLM in batches of so many rows.
+
+    The size is set on the model: lm-eval 0.4.13 reads ``override_bs`` only where it is "auto".
+    """
+    lm.batch_size_per_gpu = batch_size
+    found: list[tuple[float, bool]] = lm._loglikelihood_tokens(encoded, disable_tqdm=True)
+    return found
+
+
 def score_task(options: Any, model: Any, tokenizer: Any, task: str) -> dict[str, Any]:
     """Both sides on one task, requests ready."""
     from qbench.evaluation.evaluate import context_length, prepare_task
@@ -63,19 +73,17 @@ def score_task(options: Any, model: Any, tokenizer: Any, task: str) -> dict[str,
     encoded = [(r.args, *lm._encode_pair(*r.args)) for r in requests]
     sizes = [len(question.requests) for question in prepared.questions]
     tried = encoded[: sum(sizes[:TRIED])]
-    lm._loglikelihood_tokens(tried[:4], disable_tqdm=True)  # the first call is never typical
+    score_with_hflm(lm, tried[:4], 1)  # the first call is never typical
     trials = dict.fromkeys(BATCH_SIZES, math.inf)
     for size in (*BATCH_SIZES, *reversed(BATCH_SIZES)):
         started = time.perf_counter()
-        lm._loglikelihood_tokens(tried, disable_tqdm=True, override_bs=size)
+        score_with_hflm(lm, tried, size)
         trials[size] = min(trials[size], time.perf_counter() - started)
     best = min(trials, key=lambda size: trials[size])
     prepared.run(model)  # what is done once per model is not scoring: self-tests, warm caches
     sides = {
         "qbench": lambda: lambda: prepared.run(model),
-        "hflm": lambda: (
-            lambda: lm._loglikelihood_tokens(encoded, disable_tqdm=True, override_bs=best)
-        ),
+        "hflm": lambda: lambda: score_with_hflm(lm, encoded, best),
     }
     times, values = common.take_turns(sides, options.repeats)
     ours = [float(x) for x in values["qbench"].items["loglikelihood"]]

@@ -175,7 +175,9 @@ def wall_table(measured: dict[str, Any], title: str) -> Table:
         made.rows.append([name, str(times[side]), *ratio, *spent])
     made.notes = [
         "Parts are of the last repeat. qbench loads the checkpoint and builds the questions once, "
-        "which is in the rest, as are imports on both sides."
+        "which is in the rest, as are imports on both sides. HFLM runs in batches of 8 "
+        "(``--batch``), and of 1 on Absmax rows, whose scales over the whole input would depend "
+        "on the batch."
     ]
     return made
 

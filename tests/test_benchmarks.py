@@ -32,6 +32,7 @@ from benchmarks.common import Report, Table, Times  # noqa: E402
 from benchmarks.peers import plain_sweep, with_auto_gptq  # noqa: E402
 from qbench import load_checkpoint  # noqa: E402
 from qbench.evaluation.definitions import read_definition  # noqa: E402
+from qbench.testing import tiny_model, tiny_tokenizer  # noqa: E402
 
 TINY = models.llama_fields(32, 3, 48, 4, 300, num_key_value_heads=2)
 
@@ -242,3 +243,15 @@ def test_peers_keep_the_projects_torch() -> None:
         assert any(peer.version in word for word in pinned)
         if peer.probe:  # the others run in the project's own environment
             assert all("torch=={torch}" in step for step in peer.steps)
+
+
+def test_hflm_runs_in_the_batches_it_is_asked_for() -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    lm = evaluation.hflm(model, tokenizer, 1)
+    shapes: list[int] = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(len(args[0])), with_kwargs=True
+    )
+    encoded = [((str(i), ""), [1, 5 + i], [7, 8, 9 + i]) for i in range(12)]
+    evaluation.score_with_hflm(lm, encoded, 4)
+    assert shapes == [4, 4, 4]

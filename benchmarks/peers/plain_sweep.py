@@ -152,9 +152,10 @@ def quantize(model: Any, cell: dict[str, Any], windows: Callable[[], Tensor]) ->
 
 def draw_windows(tokenizer: Any, job: dict[str, Any]) -> Tensor:
     """Windows at random places of the calibration text."""
-    ids = tokenizer(Path(job["calibration"]).read_text(), verbose=False)["input_ids"]
-    if Path(job["calibration"]).suffix == ".jsonl":
-        ids = tokenizer("\n\n".join(texts(job["calibration"])), verbose=False)["input_ids"]
+    file = job["calibration"]
+    is_rows = Path(file).suffix == ".jsonl"
+    text = "\n\n".join(texts(file)) if is_rows else Path(file).read_text()
+    ids = tokenizer(text, verbose=False)["input_ids"]
     drawn, size = random.Random(0), job["seqlen"]
     starts = [drawn.randint(0, len(ids) - size - 1) for _ in range(job["nsamples"])]
     return torch.tensor([ids[start : start + size] for start in starts])

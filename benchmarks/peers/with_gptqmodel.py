@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 from gptqmodel import GPTQModel, QuantizeConfig
 from safetensors.torch import load_file
 
@@ -22,7 +23,7 @@ def main(checkpoint: str, windows_file: str) -> None:
     wanted = QuantizeConfig(
         bits=4, group_size=128, sym=False, desc_act=False, damp_percent=0.01, device="cpu"
     )
-    model = GPTQModel.load(checkpoint, wanted)
+    model = GPTQModel.load(checkpoint, wanted, dtype=torch.float32)  # its own choice is bfloat16
     started = time.perf_counter()
     model.quantize(rows, batch_size=1)
     seconds = time.perf_counter() - started

@@ -31,7 +31,10 @@ def main(checkpoint: str, windows_file: str) -> None:
         model=model,
         processor=tokenizer,
         dataset=Dataset.from_list(rows),
-        recipe=GPTQModifier(targets="Linear", scheme="W4A16_ASYM", ignore=["lm_head"]),
+        # as the others: columns left to right, where its own default sorts them
+        recipe=GPTQModifier(
+            targets="Linear", scheme="W4A16_ASYM", ignore=["lm_head"], actorder=None
+        ),
         max_seq_length=windows.shape[1],
         num_calibration_samples=len(windows),
         shuffle_calibration_samples=False,
