@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from cli_fixtures import DATA, qbench, records
+from cli_fixtures import DATA, edit_config, qbench, records
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -100,9 +100,18 @@ def test_weights_that_are_not_finite_are_refused_when_their_block_comes(tmp_path
     tensors = load_file(path)
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
     save_file(tensors, path, metadata={"format": "pt"})
-    model = opened(tmp_path / "tiny")
     with pytest.raises(QBenchError, match="model.layers.1.mlp.up_proj.weight contains NaN"):
-        logits(model)
+        logits(opened(tmp_path / "tiny"))
+
+
+def test_a_model_that_looks_ahead_is_refused(tmp_path):
+    """A checkpoint whose configuration says that its attention is not causal."""
+    tiny_checkpoint(tmp_path / "tiny", "gemma")
+    edit_config(tmp_path / "tiny", use_bidirectional_attention=True)
+    with pytest.raises(QBenchError, match="its attention looks ahead"):
+        in_memory(tmp_path / "tiny")
+    with pytest.raises(QBenchError, match="its attention looks ahead"):
+        opened(tmp_path / "tiny")
 
 
 def test_a_bitnet_checkpoint_is_not_streamed():

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 
 from qbench.errors import QBenchError, RunFailed
 from qbench.models import files
-from qbench.models.blocks import find_blocks
-from qbench.models.bypass import is_replaced
-from qbench.models.checks import check_finite, check_tensors, quiet
+from qbench.models.blocks import find_blocks, first_tensor
+from qbench.models.bypass import Call, blocks_replaced, bypass_of, is_replaced
+from qbench.models.checks import check_causal, check_finite, check_tensors, quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -310,7 +310,25 @@ def open_streamed(
         for key, buffer in buffered._buffers.items():
             if buffer is not None and buffer.device.type != "meta":
                 buffered._buffers[key] = buffer.to(stream.device)
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    _check_causal(checkpoint.name, model, stream)
+    return model
+
+
+def _check_causal(checkpoint: str, model: PreTrainedModel, stream: Stream) -> None:
+    """Refuse a model that looks ahead, judged by its first block: the others are of its kind."""
+    how = bypass_of(model, stream.resident)
+    if how.refused:
+        check_causal(checkpoint, model)
+        return
+    name, first = next(iter(stream.blocks.items()))
+    forward = first.forward
+
+    def first_alone(number: int, hidden: Tensor, call: Call) -> Tensor:
+        return hidden if number else first_tensor(forward(hidden, *call[0], **call[1]))
+
+    with stream.resident(name), blocks_replaced(model, how.output, first_alone):
+        check_causal(checkpoint, model)
 
 
 def _places(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, tuple[Path, str]]:
