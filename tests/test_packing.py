@@ -61,9 +61,9 @@ def test_every_scored_token_sees_exactly_what_stands_before_it_in_its_row(policy
 def paths_of_real(batch):
     """Like ``paths``, where filling sees itself alone or stands behind what is scored."""
     if batch.ends is not None:
-        filling = (batch.positions == 0) & (torch.arange(batch.ids.shape[1]) > 0)
-        # filled up places have depth 0 and end right after themselves
-        assert (batch.ends[filling] - 1 == filling.nonzero()[:, 1]).all() or filling.any()
+        place = torch.arange(batch.ids.shape[1]).expand(batch.ids.shape)
+        filling = (batch.ids == 0) & (batch.positions == 0) & (place > 0)
+        assert (batch.ends[filling] == place[filling] + 1).all()
     return paths(batch)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from qbench.errors import QBenchError
 from qbench.evaluation.forward import logits_of
 from qbench.evaluation.packing import PackedRows, Row
 from qbench.evaluation.scoring import score
@@ -156,14 +157,9 @@ def test_an_error_in_the_longest_rows_alone_is_found():
 
 def counting(calls):
     def forward(model, batches):
-        for batch, parts in zip(*pair(batches), strict=True):
+        for batch in batches:
             calls.append(batch)
             yield from logits_of(model, [batch])
-            del parts
-
-    def pair(batches):
-        batches = list(batches)
-        return batches, batches
 
     return forward
 
@@ -213,3 +209,84 @@ def test_rows_with_nothing_in_common_need_no_test():
     found = score(build("mistral", sliding_window=2), PackedRows(rows), forward=counting(calls))
     assert found.details["batching"] == "padded" and not any(b.ends is not None for b in calls)
     assert found.details["sharing"] == "off: it would save 0%"
+
+
+def wide_questions(n=24, seed=0):
+    """Short questions, many of them: rows of no window's length, in a tree that is wider."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(size):
+        return torch.randint(3, 512, (size,), generator=generator).tolist()
+
+    befores = [[1, *tokens(12)] for _ in range(n)]
+    return [Row([*before, *tokens(3)], 3) for before in befores for _ in range(4)]
+
+
+def test_a_window_that_no_row_reaches_but_the_tree_does_turns_sharing_off():
+    """Local attention goes by column, so trees as wide as those to come have to be tried."""
+    rows = wide_questions()
+    assert max(len(row.tokens) for row in rows) < 32
+    model = build("gpt_neo", window_size=32)
+    found = score(model, PackedRows(rows))
+    assert found.details["batching"] == "padded" and found.details["sharing"].startswith("off: ")
+    for row, own in zip(rows, found.scores, strict=True):
+        assert own.loglikelihood == pytest.approx(brute(model, row), abs=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"), [("mistral", {"sliding_window": 8}), ("mpt", {})]
+)
+def test_options_of_one_token_are_tested_too(architecture, changes):
+    """The first rows are then one chain, and the tree begins after them."""
+    generator = torch.Generator().manual_seed(0)
+    prefix = [1, *torch.randint(3, 512, (20,), generator=generator).tolist()]
+    rows = []
+    for n in (9, 3, 4, 5, 6):
+        before = [*prefix, *torch.randint(3, 512, (n,), generator=generator).tolist()]
+        rows += [Row([*before, option], 1) for option in (5, 6, 7, 8)]
+    model = build(architecture, **changes)
+    found = score(model, PackedRows(rows))
+    assert found.details["batching"] == "padded"
+    for row, own in zip(rows, found.scores, strict=True):
+        assert own.loglikelihood == pytest.approx(brute(model, row), abs=2e-4)
+
+
+def test_a_verdict_for_lack_of_memory_is_not_kept():
+    model, packed, lacking = build("llama"), PackedRows(questions()), [True]
+
+    def forward(model, batches):
+        if lacking.pop() if lacking else False:
+            raise torch.OutOfMemoryError("no more")
+        yield from logits_of(model, batches)
+
+    first = score(model, packed, forward=forward)
+    assert first.details["sharing"] == "off: no memory to test it"
+    assert score(model, packed, forward=forward).details["sharing"] == "exact"
+
+
+def test_what_is_no_fault_of_the_attention_is_no_verdict():
+    def forward(model, batches):
+        raise QBenchError("a block of the checkpoint is gone")
+        yield
+
+    with pytest.raises(QBenchError, match="is gone"):
+        score(build("llama"), PackedRows(questions()), forward=forward)
+
+
+def test_off_for_long_rows_says_nothing_of_short_ones():
+    model = build("mistral", sliding_window=40)
+    short, long = PackedRows(questions(n=1, context=6)), PackedRows(questions(context=60))
+    alone = score(copy.deepcopy(model), short).details
+    assert score(model, long).details["batching"] == "padded"
+    assert score(model, short).details == alone
+    assert alone["batching"] == "shared"
+
+
+def test_a_model_with_scales_over_its_inputs_is_scored_row_by_row_unasked():
+    model, rows = build("llama"), questions()
+    quantize_model(model, "absmax", "W8A4:a=tensor")
+    found = score(model, PackedRows(rows))
+    alone = score(model, PackedRows(rows), batching="one row")
+    assert found.details["batching"] == "equal length"
+    for one, other in zip(found.scores, alone.scores, strict=True):
+        assert one.loglikelihood == pytest.approx(other.loglikelihood, abs=1e-3)

@@ -10,7 +10,7 @@ import pytest
 from cli_fixtures import DATA
 from study_fixtures import bitnet_store
 
-from qbench.study.imports import import_models, uncollected
+from qbench.study.imports import uncollected
 
 HEAVY = {
     "torch", "transformers", "lm_eval", "datasets", "numba", "scipy", "sklearn", "evaluate",
@@ -104,7 +104,16 @@ def test_imports_leave_the_garbage_collector_as_it_was():
             pass
         assert not gc.isenabled()
     assert gc.isenabled()
-    frozen = gc.get_freeze_count()
-    import_models()  # loaded by other tests or now; a second time does nothing
-    import_models()
-    assert gc.isenabled() and gc.get_freeze_count() >= frozen
+
+
+def test_what_was_imported_is_frozen_once():
+    code = """
+import gc
+from qbench.study.imports import import_models
+import_models()
+first = gc.get_freeze_count()
+import_models()
+print(gc.isenabled(), first > 100_000, gc.get_freeze_count() <= first)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.split() == ["True", "True", "True"], result.stderr

@@ -69,7 +69,7 @@ def test_a_streamed_model_computes_what_the_model_in_memory_computes(architectur
 def test_tensors_that_transformers_merges_while_loading_are_refused(tmp_path):
     """Mixtral stores one tensor per expert and runs on one tensor for all."""
     tiny_checkpoint(tmp_path / "tiny", "mixtral")
-    with pytest.raises(QBenchError, match="cannot be streamed.*makes it of several.*--stream"):
+    with pytest.raises(QBenchError, match="cannot be streamed.*makes it of several.*--no-stream"):
         opened(tmp_path / "tiny")
 
 
@@ -115,7 +115,7 @@ def test_a_model_that_looks_ahead_is_refused(tmp_path):
 
 
 def test_a_bitnet_checkpoint_is_not_streamed():
-    with pytest.raises(QBenchError, match="b158-0.5m is a BitNet checkpoint.*leave out --stream"):
+    with pytest.raises(QBenchError, match="b158-0.5m is a BitNet checkpoint.*--no-stream"):
         opened("bundled:b158-0.5m")
 
 
@@ -215,12 +215,12 @@ class Preparing(Baseline):
 
 
 def test_a_method_that_rewrites_the_whole_model_first_is_refused(folder, tmp_path):
-    with pytest.raises(QBenchError, match="Preparing rewrites the whole model.*leave out --stream"):
+    with pytest.raises(QBenchError, match="Preparing rewrites the whole model.*--no-stream"):
         quantize_model(opened(folder, tmp_path / "work"), Preparing(), "W4A16", WINDOWS)
 
 
 def test_large_activations_lie_in_a_file_without_a_name(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(streaming, "_SPILL", 1)
+    monkeypatch.setattr(streaming, "SPILLED", 1)
     model = opened(folder, tmp_path / "work")
     hidden = torch.randn(3, 20, 64)
     kept = stream_of(model).spill(hidden)

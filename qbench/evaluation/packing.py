@@ -120,9 +120,7 @@ class PackedRows:
         """The share of the tokens of "padded", padding included, that "shared" does not run."""
         if (budget, width) not in self._saved:
             shared = self.batches("shared", budget, width=width)
-            padded = _plan(
-                self.rows, self.wanted, "padded", budget, width
-            )  # seldom wanted: dropped
+            padded = _plan(self.rows, self.wanted, "padded", budget, width)  # seldom run: dropped
             sizes = [sum(batch.ids.numel() for batch in plan) for plan in (shared, padded)]
             self._saved[budget, width] = 1 - sizes[0] / max(1, sizes[1])
         return self._saved[budget, width]
@@ -142,6 +140,8 @@ class PackedRows:
             return _plan(self.rows, left, policy, budget, width)
         key = (policy, budget, width if policy == "shared" else 0)
         if key not in self._plans:
+            for other in [other for other in self._plans if other[0] == policy]:
+                del self._plans[other]  # one budget at a time is enough to keep
             self._plans[key] = _plan(self.rows, self.wanted, policy, budget, width)
         return self._plans[key]
 

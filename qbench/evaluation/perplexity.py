@@ -41,6 +41,7 @@ from qbench.evaluation.tasks import (
     TaskResult,
     TaskSpec,
 )
+from qbench.quantization.outcome import batching_of
 from qbench.record import Metric
 
 if TYPE_CHECKING:
@@ -107,6 +108,7 @@ class PerplexityTask(PreparedTask):
     ) -> TaskResult:
         """Score every window of every part; windows have nothing to share."""
         windows = [window for part in self.parts for window in part.windows]
+        batching = batching or batching_of(model)
         batching = "padded" if batching in (None, "shared") else batching
         scored = score(model, self.rows, self.options.batch_tokens, batching, progress)
         items = {

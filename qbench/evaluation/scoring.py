@@ -20,10 +20,11 @@ import torch
 
 from qbench.errors import RunFailed, unknown
 from qbench.evaluation.forward import Forward, forward_of, lacks_memory
-from qbench.evaluation.packing import WIDTH, Batch, PackedRows, Row
-from qbench.evaluation.sharing import Sharing, sharing_of
+from qbench.evaluation.packing import Batch, PackedRows, Row
+from qbench.evaluation.sharing import Sharing, sharing_of, tree_width
 from qbench.evaluation.tasks import BATCHING, Progress
 from qbench.quantization.activations import scales_per_sequence
+from qbench.quantization.outcome import batching_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -93,26 +94,44 @@ def score(
     Raises:
         RunFailed: when one row alone does not fit into memory.
     """
-    policy = batching or "shared"
+    policy = batching or batching_of(model) or "shared"
     if policy not in BATCHING:
         raise unknown("batching", policy, BATCHING)
     budget = batch_tokens or default_tokens(model)
-    # long prompts would have no room to share
-    trees = batch_tokens or max(budget, 2 * rows.longest)
     run = forward or forward_of(model)
     details: dict[str, Any] = {}
     alone = scales_per_sequence(model) if policy == "equal length" else nullcontext()
     with torch.inference_mode(), alone:
         if policy == "shared":
-            saved = rows.saved(trees, tree_width(model))
-            if saved < WORTH_SHARING:
-                sharing = Sharing(False, f"off: it would save {max(0, saved):.0%}")
-            sharing = sharing_of(model, rows, sharing, run)
+            sharing = worth_sharing(model, rows, batch_tokens, sharing, run)
             details["sharing"] = sharing.reason
-            policy, budget = ("shared", trees) if sharing.exact else ("padded", budget)
+            shared = sharing.exact
+            policy, budget = (
+                ("shared", _trees(model, rows, batch_tokens)) if shared else ("padded", budget)
+            )
         scores, budget, halvings = _score(model, rows, policy, budget, run, progress)
     details |= {"batching": policy, "batch_tokens": budget, "oom_halvings": halvings}
     return Scored(scores, details)
+
+
+def worth_sharing(
+    model: PreTrainedModel,
+    rows: PackedRows,
+    batch_tokens: int | None = None,
+    known: Sharing | None = None,
+    forward: Forward | None = None,
+) -> Sharing:
+    """Whether rows are to share their beginning: if that saves something, and is exact."""
+    budget = _trees(model, rows, batch_tokens)
+    saved = rows.saved(budget, tree_width(model))
+    if saved < WORTH_SHARING:
+        return Sharing(False, f"off: it would save {max(0, saved):.0%}")
+    return sharing_of(model, rows, known, forward, budget)
+
+
+def _trees(model: PreTrainedModel, rows: PackedRows, batch_tokens: int | None) -> int:
+    """Budget of trees: long prompts would have no room to share in the usual one."""
+    return batch_tokens or max(default_tokens(model), 2 * rows.longest)
 
 
 def default_tokens(model: PreTrainedModel) -> int:
@@ -123,17 +142,10 @@ def default_tokens(model: PreTrainedModel) -> int:
     free, _ = torch.cuda.mem_get_info(model.device)
     # bytes a token needs in a block: its vectors, and its row of every head's attention
     per_token = 64 * int(getattr(config, "hidden_size", 4096))
-    return max(CPU_TOKENS, min(GPU_TOKENS, free // 4 // per_token))
-
-
-def tree_width(model: PreTrainedModel) -> int:
-    """Most tokens of a tree: what a wide one shares more, a narrow model spends on attention.
-
-    Linears cost 24 hidden² a token and attention 4 hidden × width, so half the hidden size keeps
-    attention near a tenth; the least that was counted on eight task sets lies there.
-    """
-    hidden = int(getattr(model.config.get_text_config(), "hidden_size", 2 * WIDTH))
-    return max(WIDTH // 4, min(WIDTH, hidden // 2))
+    fitting = max(CPU_TOKENS, min(GPU_TOKENS, free // 4 // per_token))
+    return 1 << (
+        int(fitting).bit_length() - 1
+    )  # a little more or less free memory: the same batches
 
 
 def _score(
@@ -150,7 +162,10 @@ def _score(
     left = rows.batches(policy, budget, width=width)
     total = sum(len(rows.rows[i].tokens) for i in rows.wanted)
     done = halvings = 0
-    while left:
+    later: list[Batch] = []
+    while left or later:
+        if not left:
+            left, later = later, []
         finished = 0
         try:
             for batch, parts in zip(left, run(model, iter(left)), strict=True):
@@ -161,19 +176,23 @@ def _score(
                 done += sum(len(rows.rows[i].tokens) for i in batch.rows)
                 if progress is not None:
                     progress(done, total)
-            break
+            left = []
+            continue
         except (RuntimeError, MemoryError) as error:
             if not lacks_memory(error):
                 raise
             failed = left[finished]
-            if failed.is_one_row:
+            if failed.is_one_row and len(left) == 1:
                 raise _too_large(failed, model) from None
         # outside the handler: the traceback keeps the tensors of the failed batch
+        _free()
+        if failed.is_one_row:  # by itself: a forward may run other batches before it gives this one
+            left, later = [failed], [*left[finished + 1 :], *later]
+            continue
         halvings += 1
         budget = max(1, min(budget, failed.ids.numel()) // 2)
-        _free()
-        unscored = [i for batch in left[finished:] for i in batch.rows]
-        left = rows.batches(policy, budget, unscored, width)
+        unscored = [i for batch in (*left[finished:], *later) for i in batch.rows]
+        left, later = rows.batches(policy, budget, unscored, width), []
     return scores, budget, halvings
 
 

@@ -3,12 +3,12 @@
 A tree of rows needs attention that takes a mask of two dimensions as it is and positions from
 outside. Local attention (GPT-Neo, sliding windows shorter than the row), ALiBi by column (MPT) and
 some kernels take the mask and give other numbers without a word; BLOOM and Mamba raise. So every
-model is asked: a few of the rows at hand are scored in a tree and one by one, with activation
-quantizers off, because those turn noise of the last bit into whole steps of rounding.
+model is asked: the widest tree that the rows at hand make is run, and some of its rows one by one,
+with activation quantizers off, because those turn noise of the last bit into whole steps.
 
 What may differ is measured, not guessed: rows padded to one batch differ from single rows too, in
 bfloat16 by some hundredths of a nat per token. Left out: models that are right for the rows tested
-and wrong for others no longer than them.
+and wrong for others of a tree no wider.
 """
 
 from __future__ import annotations
@@ -20,18 +20,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from qbench.errors import QBenchError
 from qbench.evaluation.forward import Forward, forward_of, lacks_memory
-from qbench.evaluation.packing import Batch, PackedRows, Row
+from qbench.evaluation.packing import WIDTH, Batch, PackedRows, Row
 from qbench.quantization.activations import activations_off
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_VERDICT = "_qbench_sharing"
-"""Attribute of a model: attention implementation -> verdict. Copies of the model inherit it."""
-_FIRST_ROWS = 4
-_FLOOR = 1e-3
-"""Nats that a row may always differ by."""
+_VERDICTS = "_qbench_sharing"
+"""Attribute of a model: attention implementation -> verdicts. Copies of the model inherit it."""
+_SAMPLED = 2
+"""Rows of each kind that are compared."""
+_FLOOR = 2e-4
+"""Nats that a row, or a token of it, may always differ by."""
 _CEILING = 0.5
 """Nats that no row may differ by, however noisy the model is."""
 _SPREADS = 5
@@ -47,6 +49,34 @@ class Sharing:
     """One line for the record."""
     longest: int | None = None
     """Tokens of the longest row this was found on; None holds for rows of any length."""
+    widest: int | None = None
+    """Columns of the widest tree it was found on; None holds for any."""
+
+    def holds_for(self, longest: int, widest: int) -> bool:
+        """Whether this says something of rows and trees of these sizes.
+
+        What is exact is so below what was tested: attention windows begin to matter at some size.
+        What is not exact is so above.
+        """
+        pairs = ((self.longest, longest), (self.widest, widest))
+        if self.exact:
+            return all(tested is None or tested >= asked for tested, asked in pairs)
+        return all(tested is None or tested <= asked for tested, asked in pairs)
+
+
+def tree_width(model: PreTrainedModel) -> int:
+    """Most tokens of a tree: what a wide one shares more, a narrow model spends on attention.
+
+    Linears cost 24 hidden² a token and attention 4 hidden × width, so half the hidden size keeps
+    attention near a tenth; the least that was counted on eight task sets lies there.
+    """
+    hidden = int(getattr(model.config.get_text_config(), "hidden_size", 2 * WIDTH))
+    return max(WIDTH // 4, min(WIDTH, hidden // 2))
+
+
+def keep_verdicts_(model: PreTrainedModel, verdicts: dict[str, list[Sharing]]) -> None:
+    """Let a model, in place, know and add to what was found on others of its checkpoint."""
+    model.__dict__[_VERDICTS] = verdicts
 
 
 def sharing_of(
@@ -54,65 +84,99 @@ def sharing_of(
     rows: PackedRows,
     known: Sharing | None = None,
     forward: Forward | None = None,
+    budget: int = WIDTH,
 ) -> Sharing:
-    """The verdict on a model: the one given, the one found before, or a new test.
+    """The verdict on a model: the one given, one found before, or a new test.
 
-    What was found exact on shorter rows is tested again: attention windows begin to matter at some
-    length.
+    Args:
+        model: in eval mode, on any device.
+        rows: of a task.
+        known: believed as far as it goes.
+        forward: what runs batches; None is the model's own.
+        budget: of the batches that are going to be run.
     """
+    plan = rows.batches("shared", budget, width=tree_width(model))
+    trees = [batch for batch in plan if batch.ends is not None]
+    if not trees:
+        return Sharing(True, "nothing to share", 0, 0)
+    widest = max(trees, key=lambda batch: batch.ids.shape[1])
     kind = str(getattr(model.config, "_attn_implementation", None))
-    verdicts: dict[str, Sharing] = model.__dict__.setdefault(_VERDICT, {})
-    for verdict in (known, verdicts.get(kind)):
-        if verdict is None:
-            continue
-        if not verdict.exact or verdict.longest is None or verdict.longest >= rows.longest:
-            return verdict
-    verdicts[kind] = test_sharing(model, rows, forward)
-    return verdicts[kind]
+    verdicts = model.__dict__.setdefault(_VERDICTS, {}).setdefault(kind, [])
+    for verdict in [*([known] if known else []), *verdicts]:
+        if verdict.holds_for(rows.longest, widest.ids.shape[1]):
+            found: Sharing = verdict
+            return found
+    found = _test(model, rows, widest, forward or forward_of(model))
+    if found is not _UNTESTED:
+        verdicts.append(found)
+    return found
 
 
 def test_sharing(
     model: PreTrainedModel, rows: PackedRows | Sequence[Row], forward: Forward | None = None
 ) -> Sharing:
-    """Score some of the rows in a tree and one by one: the first ones and the longest.
-
-    Args:
-        model: in eval mode, on any device.
-        rows: of one or more tasks.
-        forward: what runs batches; None is the model's own.
-    """
+    """A new test: the widest tree that these rows make, against some of its rows one by one."""
     packed = rows if isinstance(rows, PackedRows) else PackedRows(rows)
-    sample = PackedRows([packed.rows[i] for i in _sample(packed)])
-    run = forward or forward_of(model)
-    whole = sum(len(row.tokens) for row in sample.rows)
-    (tree,) = sample.batches("shared", whole, sample.wanted, width=whole) or (None,)
-    if tree is None or tree.ends is None:
-        return Sharing(True, "nothing to share", 0)
-    with torch.inference_mode(), activations_off(model):
-        try:
-            shared = _values(model, [tree], run)
-        except Exception as error:  # noqa: BLE001 - whatever a model raises, it cannot share
-            kind = type(error).__name__
-            return Sharing(False, f"off: {kind} with a mask of its own", packed.longest)
-        try:
-            padded = _values(model, sample.batches("padded", 2 * sample.longest), run)
-            if _largest(shared, padded) <= _FLOOR:
-                return Sharing(True, "exact", packed.longest)
-            single = _values(model, sample.batches("padded", 1), run)
-        except (RuntimeError, MemoryError) as error:
-            if not lacks_memory(error):
-                raise
-            return Sharing(False, "off: no memory to test it", packed.longest)
-    return _verdict(shared, padded, single, model, packed.longest)
+    model.__dict__.pop(_VERDICTS, None)
+    return sharing_of(model, packed, forward=forward)
 
 
 test_sharing.__test__ = False  # type: ignore[attr-defined]  # no test of pytest's
 
 
-def _sample(packed: PackedRows) -> list[int]:
-    """The first rows and the longest one, which then branches off from rows unlike it."""
-    longest = sorted(packed.wanted, key=lambda i: -len(packed.rows[i].tokens))[:1]
-    return sorted({*packed.wanted[:_FIRST_ROWS], *longest})
+def _test(model: PreTrainedModel, packed: PackedRows, tree: Batch, run: Forward) -> Sharing:
+    sizes = packed.longest, tree.ids.shape[1]
+    sample = PackedRows([packed.rows[i] for i in _sample(packed, tree)])
+    chosen = dict(zip(_sample(packed, tree), sample.wanted, strict=True))
+    with torch.inference_mode(), activations_off(model):
+        try:
+            whole = _values(model, [tree], run)
+        except Exception as error:  # noqa: BLE001 - what a model raises that takes no such mask
+            if isinstance(error, (OSError, QBenchError)):
+                raise
+            if lacks_memory(error):
+                return _UNTESTED
+            return Sharing(False, f"off: {type(error).__name__} with a mask of its own")
+        shared = {own: whole[row] for row, own in chosen.items()}
+        try:
+            padded = _values(model, sample.batches("padded", 2 * sample.longest), run)
+            if _largest(shared, padded) <= _FLOOR:
+                return Sharing(True, "exact", *sizes)
+            single = _values(model, sample.batches("padded", 1), run)
+        except (RuntimeError, MemoryError) as error:
+            if not lacks_memory(error):
+                raise
+            return _UNTESTED
+    return _verdict(shared, padded, single, model, sizes)
+
+
+_UNTESTED = Sharing(False, "off: no memory to test it")
+"""Not kept: there may be more memory next time."""
+
+
+def _sample(packed: PackedRows, tree: Batch) -> list[int]:
+    """Rows of a tree in which local attention would show: it goes by column, not by depth.
+
+    Those farthest along, those with most columns between them and the question they continue, and
+    the longest.
+    """
+    assert tree.ends is not None and tree.positions is not None
+    ends, depths = tree.ends.numpy(), tree.positions.numpy()
+    width = ends.shape[1]
+    places = tree.wanted.numpy()[tree.place.numpy()]
+    far: dict[int, int] = {}
+    gap: dict[int, int] = {}
+    for row in tree.rows:
+        sequence, column = divmod(int(places[tree.owner == row].max()), width)
+        branch = np.flatnonzero(ends[sequence, : column + 1] > column)
+        steps = np.diff(branch)[1:]  # the first one is from the beginning that all rows have
+        far[row] = column - int(depths[sequence, column])
+        gap[row] = int(steps.max()) if len(steps) else 0
+    kinds = (far.get, gap.get, lambda row: len(packed.rows[row].tokens))
+    chosen: set[int] = set()
+    for kind in kinds:
+        chosen |= set(sorted(tree.rows, key=lambda row: (-kind(row), row))[:_SAMPLED])  # type: ignore[operator] # noqa: B023
+    return sorted(chosen)
 
 
 _Values = dict[int, np.ndarray]
@@ -130,23 +194,24 @@ def _values(model: PreTrainedModel, batches: Sequence[Batch], run: Forward) -> _
 
 
 def _largest(a: _Values, b: _Values) -> float:
-    """Largest difference of a row's sum; infinite where one of both is no number."""
-    return max(float(np.nan_to_num(abs(a[i].sum() - b[i].sum()), nan=np.inf)) for i in a)
+    """Largest difference of a row's sum or of one of its tokens; infinite for what is no number."""
+    differences = (a[i] - b[i] for i in a)
+    sizes = (max(abs(float(d.sum())), float(np.abs(d).max())) for d in differences)
+    return max(np.inf if np.isnan(size) else size for size in sizes)
 
 
 def _verdict(
-    shared: _Values, padded: _Values, single: _Values, model: Any, longest: int
+    shared: _Values, padded: _Values, single: _Values, model: Any, sizes: tuple[int, int]
 ) -> Sharing:
     """Compare with what padding alone does; noise of a row grows with the root of its length."""
     noise = np.concatenate([padded[i] - single[i] for i in single])
     spread = max(float(np.sqrt(np.mean(noise**2))), float(torch.finfo(model.dtype).eps))
-    worst, allowed = 0.0, 0.0
+    worst = 0.0
     for i, values in single.items():
-        error = abs(float(shared[i].sum() - values.sum()))
+        error = _largest({i: shared[i]}, {i: values})
         limit = min(_FLOOR + _SPREADS * spread * len(values) ** 0.5, _CEILING)
         if not error <= limit:
-            return Sharing(
-                False, f"off: a row differs by {error:.2g} nats, by {limit:.2g} at most", longest
-            )
-        worst, allowed = max(worst, error), max(allowed, limit)
-    return Sharing(True, f"exact within the noise of {model.dtype} ({worst:.1g} nats)", longest)
+            reason = f"off: a row differs by {error:.2g} nats, by {limit:.2g} at most"
+            return Sharing(False, reason, *sizes)
+        worst = max(worst, error)
+    return Sharing(True, f"exact within the noise of {model.dtype} ({worst:.1g} nats)", *sizes)

@@ -30,8 +30,8 @@ from qbench.evaluation.definitions import load_splits, pinned_tasks, read_defini
 from qbench.evaluation.encoding import Encoder, pair_rows, text_rows
 from qbench.evaluation.packing import PackedRows, Row
 from qbench.evaluation.prompts import build_questions, compiled_once, quiet
-from qbench.evaluation.scoring import per_request, score
-from qbench.evaluation.sharing import Sharing, sharing_of
+from qbench.evaluation.scoring import per_request, score, worth_sharing
+from qbench.evaluation.sharing import Sharing
 from qbench.evaluation.tasks import (
     DEFAULT_LENGTH,
     EvaluationOptions,
@@ -122,7 +122,9 @@ class ZeroShotTask(PreparedTask):
 
     def test_sharing(self, model: PreTrainedModel) -> Sharing | None:
         """Whether rows of this task may share their beginning on a model; kept with the model."""
-        return sharing_of(model, self.packed) if self.packed.wanted else None
+        if not self.packed.wanted:
+            return None
+        return worth_sharing(model, self.packed, self.options.batch_tokens)
 
     def _items(self, loglikelihood: list[float], greedy: list[bool]) -> dict[str, np.ndarray]:
         columns: dict[str, list[Any]] = defaultdict(list)

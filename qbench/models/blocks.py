@@ -114,7 +114,8 @@ class _Recorder:
 
     def product(self, linear: Linear, x: Tensor, transposed: bool) -> None:
         linear.transposed = transposed
-        linear.sees_sequences = x.ndim == 3
+        again = any(linear is known for known, _, _ in self.products)
+        linear.sees_sequences = x.ndim == 3 and not again
         self.products.append((linear, x, self.stack[-1] if self.stack else ""))
 
     def saw_attention(self, sdpa: bool) -> None:

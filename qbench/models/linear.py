@@ -36,7 +36,7 @@ class Linear:
     transposed: bool = False
     """Whether the parameter is stored (in_features, out_features)."""
     sees_sequences: bool = False
-    """Whether its input was seen as (sequences, tokens, in_features), not flattened or routed."""
+    """Whether its input was seen as (sequences, tokens, in_features), and once in a pass."""
 
     @property
     def has_module(self) -> bool:

@@ -26,6 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from qbench import __version__
 from qbench.errors import QBenchError, RunFailed
 from qbench.models import files
 from qbench.models.blocks import find_blocks, first_tensor
@@ -41,8 +42,10 @@ _STREAM = "_qbench_stream"
 """Attribute of a streamed model."""
 _REPORT = "qbench"
 """Key of a finished block's report among its file's metadata."""
-_SPILL = 1 << 24
-"""Activations of this many bytes and more lie in a file of their own."""
+_VERSION = "qbench_version"
+"""Key of the version that wrote it: a block is finished by the version that began the model."""
+SPILLED = 1 << 20
+"""Activations of a batch of this many bytes and more lie in a file of their own."""
 
 
 class Stream:
@@ -94,7 +97,9 @@ class Stream:
             path = self._path(name)
             if path is not None and path.is_file():
                 with safe_open(path, "pt") as file:
-                    self.reports[name] = json.loads(file.metadata()[_REPORT])
+                    said = file.metadata()
+                if said.get(_VERSION) == __version__:
+                    self.reports[name] = json.loads(said[_REPORT])
 
     @contextmanager
     def resident(self, name: str) -> Iterator[None]:
@@ -159,7 +164,7 @@ class Stream:
             raise QBenchError("this streamed model has no work folder to keep quantized blocks in")
         state = self.blocks[name].state_dict()
         tensors = {f"{name}.{key}": value.contiguous() for key, value in state.items()}
-        write_tensors(path, tensors, {_REPORT: json.dumps(report)})
+        write_tensors(path, tensors, {_REPORT: json.dumps(report), _VERSION: __version__})
         self.reports[name] = report
 
     def forget(self, name: str) -> None:
@@ -167,15 +172,25 @@ class Stream:
         del self.reports[name]
 
     def spill(self, hidden: Tensor) -> Tensor:
-        """The same activations, in a nameless file if they are large (their pages can go)."""
-        if self.work is None or hidden.nbytes < _SPILL or hidden.device.type != "cpu":
+        """The same activations, in a nameless file if they are large (their pages can go).
+
+        Raises:
+            RunFailed: if the disk is full.
+        """
+        if self.work is None or hidden.nbytes < SPILLED or hidden.device.type != "cpu":
             return hidden
         path = self.work / f"activations-{os.getpid()}"
         self.work.mkdir(parents=True, exist_ok=True)
-        kept = torch.from_file(
-            str(path), shared=True, size=hidden.numel(), dtype=hidden.dtype
-        ).view(hidden.shape)
-        path.unlink()
+        try:
+            with path.open("wb") as file:  # a mapped page without a place on disk kills the process
+                os.posix_fallocate(file.fileno(), 0, hidden.nbytes)
+            kept = torch.from_file(
+                str(path), shared=True, size=hidden.numel(), dtype=hidden.dtype
+            ).view(hidden.shape)
+        except OSError as error:
+            raise RunFailed(f"no room for activations at {path} ({error.strerror})") from error
+        finally:
+            path.unlink(missing_ok=True)
         return kept.copy_(hidden)
 
 
@@ -211,13 +226,18 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     Raises:
         RunFailed: if it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(dict(tensors), partial, metadata={"format": "pt", **metadata})
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(path)
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)  # the name, too, is on disk
+        finally:
+            os.close(descriptor)
     except Exception as error:
         partial.unlink(missing_ok=True)
         if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
@@ -289,14 +309,15 @@ def open_streamed(
         QBenchError: for a checkpoint that cannot be streamed, or whose tensors do not fit.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     if reason := why_not_streamed(checkpoint):
-        raise QBenchError(f"{reason}; leave out --stream")
+        raise QBenchError(f"{reason}; --no-stream loads it")
     config = checkpoint.load_config()
     with quiet(), init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     model.tie_weights()
+    _check_dtype_plan(checkpoint.name, model, dtype)
     places = _places(checkpoint, model)
     stream = Stream(
         checkpoint.name, model, places, getattr(torch, dtype), torch.device(device), work
@@ -304,8 +325,10 @@ def open_streamed(
     inside = tuple(f"{name}." for name in stream.blocks)
     outside = [n for n in model.state_dict() if n in places and not n.startswith(inside)]
     model.load_state_dict({name: stream.read(name) for name in outside}, strict=False, assign=True)
-    model.tie_weights()
+    model.tie_weights(missing_keys=set(model.state_dict()) - set(places))
     setattr(model, _STREAM, stream)
+    if (checkpoint.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
     for buffered in model.modules():  # computed buffers, such as rotary frequencies
         for key, buffer in buffered._buffers.items():
             if buffer is not None and buffer.device.type != "meta":
@@ -329,6 +352,18 @@ def _check_causal(checkpoint: str, model: PreTrainedModel, stream: Stream) -> No
 
     with stream.resident(name), blocks_replaced(model, how.output, first_alone):
         check_causal(checkpoint, model)
+
+
+def _check_dtype_plan(checkpoint: str, model: PreTrainedModel, dtype: str) -> None:
+    """Refuse a model of which transformers keeps parts in float32 at this dtype."""
+    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == "float16":
+        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    if kept and dtype != "float32":
+        raise QBenchError(
+            f"{checkpoint} cannot be streamed in {dtype}: transformers keeps {sorted(kept)[0]} in "
+            "float32; use --dtype float32, or --no-stream to load it whole"
+        )
 
 
 def _places(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, tuple[Path, str]]:
@@ -355,7 +390,7 @@ def _places(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, tuple[P
         more = f" (and {len(missing) - 1} more)" if missing[1:] else ""
         raise QBenchError(
             f"{checkpoint.name} cannot be streamed: no stored tensor is {missing[0]}{more}; it is "
-            "missing, or transformers makes it of several while loading; leave out --stream"
+            "missing, or transformers makes it of several while loading; --no-stream loads it whole"
         )
     read = {key for _, key in found.values()}
     ignored = model._keys_to_ignore_on_load_unexpected or ()

@@ -84,6 +84,7 @@ def round_columns_(
         return
     if group is None:
         group = torch.zeros(width, dtype=torch.int64, device=current.device)
+    group = group.to(torch.int64).contiguous()
     scale, zero_point = (part.expand(rows, -1) for part in affine)
     parts = (current, original, factor, scale, zero_point)
     single = all(part.dtype == torch.float32 for part in parts)

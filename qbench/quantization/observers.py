@@ -149,6 +149,12 @@ class Statistics:
         self.energies: dict[str, Tensor] = {}
         """Per linear that was seen to compute, Σ |W x|² over all tokens; float32."""
 
+    def anew(self) -> Statistics:
+        """The same statistics with nothing worked out from them yet, for another cell."""
+        other = Statistics()
+        other.__dict__ |= self.__dict__ | {"_cache": {}}
+        return other
+
     def update(self, x: Tensor, n_sequences: int | None = None) -> None:
         """Show inputs (sequences, tokens, in_features), or one sequence (tokens, in_features).
 

@@ -106,12 +106,13 @@ class Calibration:
         """
         known = self._kept.get((number, wanted))
         if known is not None:
-            return dict(known)
+            return _anew(known)
         entering = self.entering(number)
         stats, leaving = collect(block, list(block.linears), wanted, entering, advance)
         self._leaving = leaving if advance else None
         if self.keep and (number == 0 or _are_vectors(stats, wanted)):
-            self._kept[number, wanted] = dict(stats)
+            self._kept[number, wanted] = stats
+            return _anew(stats)
         return stats
 
     def _replay(self, number: int, entering: list[Tensor]) -> list[Tensor]:
@@ -202,6 +203,8 @@ def _energies(block: Block, stats: Mapping[str, Statistics]) -> Iterator[None]:
 
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
             bias = getattr(module, "bias", None)
+            if bias is not None and output.dtype != torch.float32:
+                return  # what the bias rounded off is more than the product may be
             product = output if bias is None else output - bias
             energy = torch.linalg.vector_norm(product, dtype=torch.float32).square()
             seen.energies[name] = seen.energies.get(name, 0.0) + energy
@@ -247,6 +250,12 @@ def use_eager_experts_(model: nn.Module) -> None:
     switch: Any = getattr(model, "set_experts_implementation", None)
     if fused and switch is not None:
         switch("eager")
+
+
+def _anew(stats: Mapping[str, Statistics]) -> dict[str, Statistics]:
+    """The same for another cell: what a method caches beside them is its own."""
+    others = {id(one): one.anew() for one in stats.values()}
+    return {name: others[id(one)] for name, one in stats.items()}
 
 
 def _are_vectors(stats: dict[str, Statistics], wanted: Wanted) -> bool:

@@ -112,10 +112,15 @@ def _check_request(
     check_arguments(
         model, calibration.windows if isinstance(calibration, Calibration) else calibration
     )
+    if isinstance(calibration, Calibration) and calibration.keep and calibration.model is model:
+        raise QBenchError(
+            "this calibration is kept for other cells, so its model has to stay as it is; quantize "
+            "a copy of the model"
+        )
     if _prepares(baseline) and stream_of(model) is not None:
         raise QBenchError(
             f"{type(baseline).__name__} rewrites the whole model before its blocks, which a "
-            "streamed model does not hold; leave out --stream"
+            "streamed model does not hold; --no-stream loads it whole"
         )
 
 
@@ -304,6 +309,8 @@ def requantize_activations(model: nn.Module, scheme: Scheme, result: Quantizatio
         scheme: resolved, with the same weights (:attr:`Scheme.weights_only`) and no static scales.
         result: of the quantization of ``model``; returned anew for the new scheme.
     """
+    for block in result.blocks:  # before anything is changed
+        check_activations(block, scheme)
     for handle in result.handles:
         handle.remove()
     layers = [
@@ -312,7 +319,6 @@ def requantize_activations(model: nn.Module, scheme: Scheme, result: Quantizatio
     ]
     anew = replace(result, scheme=scheme, layers=layers, handles=[], sees_sequences=True)
     for block in result.blocks:
-        check_activations(block, scheme)
         attached = quantize_activations(block, scheme, {}, switch_of(model))
         anew.handles += attached.handles
         anew.sees_sequences &= attached.sees_sequences

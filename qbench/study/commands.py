@@ -19,7 +19,7 @@ from qbench.scheme import Scheme
 from qbench.study.cells import Cell, CellPlan, Settings
 from qbench.study.runner import PreparedKey, Workbench
 from qbench.study.store import Store
-from qbench.study.supply import is_streamed
+from qbench.study.supply import Streamed
 from qbench.study.sweep import Sweep
 
 
@@ -79,6 +79,7 @@ def run(chosen: Run, settings: Settings, results: Path) -> int:
     for record in bench.run(cell, reporter, save=chosen.save):
         failures += record.status == "failed"
         _print_outcome(record)
+    bench.release()
     if plan.failed_tasks:
         reporter.line("a stored failure is repeated with --retry-failed")
     if chosen.save is not None:
@@ -98,7 +99,7 @@ def _print_plan(cells: Sequence[tuple[Workbench, Cell]]) -> int:
 def _report_loading(bench: Workbench, reporter: Reporter) -> None:
     for line in bench.checkpoint.load_report:
         reporter.line(f"    {line}")
-    if bench.settings.stream is None and is_streamed(bench.checkpoint, bench.settings):
+    if bench.settings.stream is None and isinstance(bench.supply, Streamed):
         reporter.line(
             "    two copies of its weights do not fit into memory: its blocks are streamed from "
             "disk (--no-stream, stream: false in a sweep, loads it whole)"
@@ -184,6 +185,7 @@ def _run_plans(plans: Sequence[tuple[Workbench, CellPlan]], reporter: Reporter) 
             failed = plan.failed or (f"{plan.failed_tasks} tasks" if plan.failed_tasks else "")
             reporter.line(f"{head}: stored" + (f", failed: {failed}" if failed else ""))
             failures += plan.failed is not None
+            bench.clear(plan)
             continue
         reporter.line(head)
         try:
@@ -195,6 +197,8 @@ def _run_plans(plans: Sequence[tuple[Workbench, CellPlan]], reporter: Reporter) 
         except QBenchError as error:  # this cell cannot be; the others can
             failures += 1
             reporter.line(f"    failed: {error}")
+    if running is not None:
+        running.release()
     return failures
 
 

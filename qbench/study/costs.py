@@ -29,7 +29,7 @@ WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of a number by torch's name of its type."""
 PROCESS = 0.42 * 2**30
 """What torch, transformers and lm-eval take before anything is loaded."""
-SPILLED = 1 << 24
+SPILLED = 1 << 20
 """Activations of a batch of this many bytes lie in a file when a model is streamed."""
 _CALIBRATION_BATCH = 2048
 """Tokens that run through a block together, or one window if that is longer."""

@@ -87,7 +87,8 @@ class Workbench:
 
     def release(self) -> None:
         """Let go of the model and the calibration text: another checkpoint needs the memory."""
-        self.supply.release()
+        if "supply" in self.__dict__:
+            self.supply.release()
         self.__dict__.pop("calibration", None)
 
     @cached_property
@@ -213,6 +214,7 @@ class Workbench:
             yield record
             return
         if plan.is_done and save is None:
+            self.clear(plan)
             return
         quantized = self._quantize(plan, reporter)
         if isinstance(quantized, QuantizationRecord):
@@ -231,6 +233,11 @@ class Workbench:
             failed |= measured.status == "failed"
             yield measured
         if not failed:
+            self.supply.done(self.store.folder(self.checkpoint.name, plan.key))
+
+    def clear(self, plan: CellPlan) -> None:
+        """Remove the work files of a cell of which everything is stored."""
+        if plan.quantized and not (plan.failed or plan.failed_tasks):
             self.supply.done(self.store.folder(self.checkpoint.name, plan.key))
 
     def _quantize(

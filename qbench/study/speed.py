@@ -135,7 +135,22 @@ def free_memory(device: str = "cpu") -> int | None:
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
+                free = int(line.split()[1]) * 1024
+                return min([free, *_left_in_group()])
     except OSError:
         pass
     return None
+
+
+def _left_in_group() -> list[int]:
+    """What a control group (a container, a batch job) leaves of the machine's memory."""
+    group, left = Path("/sys/fs/cgroup"), []
+    for most, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            left.append(int((group / most).read_text()) - int((group / used).read_text()))
+        except (OSError, ValueError):  # no such group, or "max"
+            continue
+    return left

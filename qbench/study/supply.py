@@ -9,13 +9,14 @@ block it had reached.
 from __future__ import annotations
 
 import copy
+import os
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from qbench.errors import QBenchError
 from qbench.models.bitnet.trained import layer_reports
@@ -63,8 +64,9 @@ class Supply(ABC):
         """Whether a task's rows may share their beginning on a cell's model."""
         return task.test_sharing(model)
 
-    def done(self, folder: Path) -> None:  # noqa: B027
-        """Everything about the cell with this folder is stored."""
+    def done(self, folder: Path) -> None:
+        """Everything about the cell with this folder is stored: no blocks are needed any more."""
+        shutil.rmtree(folder / WORK, ignore_errors=True)
 
     def release(self) -> None:  # noqa: B027
         """Let go of what is in memory."""
@@ -81,7 +83,7 @@ def supply_of(checkpoint: Checkpoint, settings: Settings) -> Supply:
     from qbench.models.streaming import why_not_streamed
 
     if reason := why_not_streamed(checkpoint):
-        raise QBenchError(f"{reason}; leave out --stream")
+        raise QBenchError(f"{reason}; --no-stream loads it")
     return Streamed(checkpoint, settings)
 
 
@@ -105,6 +107,28 @@ class _Quantized:
     model: PreTrainedModel
     result: Quantization
     reads_data: bool
+
+    @classmethod
+    def of(
+        cls, cell: Cell, model: PreTrainedModel, result: Quantization, reads_data: bool
+    ) -> _Quantized:
+        """What is to be known of a cell's model."""
+        return cls(cell.baseline.spec.digest(), cell.scheme.weights_only, model, result, reads_data)
+
+
+def shared_with(last: _Quantized | None, cell: Cell, reads_data: bool) -> _Quantized | None:
+    """The last cell, if its weights are this one's and scales need no calibration."""
+    scheme = cell.scheme
+    alike = (
+        last is not None
+        and cell.baseline.instance.weights_ignore_activations
+        and scheme.quantizes_weights
+        and not (scheme.needs_static_scales or last.result.scheme.needs_static_scales)
+        and last.baseline == cell.baseline.spec.digest()
+        and last.weights == scheme.weights_only
+        and last.reads_data == reads_data
+    )
+    return last if alike else None
 
 
 class InMemory(Supply):
@@ -134,7 +158,7 @@ class InMemory(Supply):
         if cell.changes_nothing:
             layers = layer_reports(self.model, cell.scheme) if cell.trained else []
             return self.model, Quantization(cell.scheme, layers)
-        known = self._known(cell, windows is not None)
+        known = shared_with(self._last, cell, windows is not None)
         if known is not None:
             known.result = requantize_activations(known.model, cell.scheme, known.result)
             return known.model, known.result
@@ -148,28 +172,8 @@ class InMemory(Supply):
             seed=self.settings.seed,
             progress=progress,
         )
-        self._last = _Quantized(
-            cell.baseline.spec.digest(),
-            cell.scheme.weights_only,
-            model,
-            result,
-            windows is not None,
-        )
+        self._last = _Quantized.of(cell, model, result, windows is not None)
         return model, result
-
-    def _known(self, cell: Cell, reads_data: bool) -> _Quantized | None:
-        """The last cell, if its weights are this one's and scales need no calibration."""
-        last, scheme = self._last, cell.scheme
-        alike = (
-            last is not None
-            and cell.baseline.instance.weights_ignore_activations
-            and scheme.quantizes_weights
-            and not (scheme.needs_static_scales or last.result.scheme.needs_static_scales)
-            and last.baseline == cell.baseline.spec.digest()
-            and last.weights == scheme.weights_only
-            and last.reads_data == reads_data
-        )
-        return last if alike else None
 
     def _passes(self, windows: Windows) -> Calibration:
         """The calibration text in the pristine model, shared by all cells."""
@@ -192,17 +196,38 @@ class InMemory(Supply):
 class Streamed(Supply):
     """Decoder blocks stay on disk and come one at a time."""
 
+    def __init__(self, checkpoint: Checkpoint, settings: Settings) -> None:
+        super().__init__(checkpoint, settings)
+        self._last: _Quantized | None = None
+        self._work: Path | None = None
+        """Where the blocks of the last cell lie."""
+        self._lock: IO[str] | None = None
+        self._finished = False
+        self._verdicts: dict[str, Any] = {}
+
     def model_of(
         self, cell: Cell, windows: Windows | None, folder: Path, progress: Progress | None
     ) -> tuple[PreTrainedModel, Quantization]:
         """A streamed model, quantized from the block on that an earlier run had reached."""
+        from qbench.evaluation.sharing import keep_verdicts_
         from qbench.models.streaming import open_streamed
 
         settings = self.settings
-        work = None if cell.changes_nothing else folder / WORK
-        model = open_streamed(self.checkpoint, settings.dtype, settings.device, work)
         if cell.changes_nothing:
+            model = open_streamed(self.checkpoint, settings.dtype, settings.device)
+            keep_verdicts_(model, self._verdicts)
             return model, Quantization(cell.scheme)
+        known = shared_with(self._last, cell, windows is not None)
+        if known is not None:
+            known.result = requantize_activations(known.model, cell.scheme, known.result)
+            return known.model, known.result
+        self.release()
+        self._work = folder / WORK
+        self._lock = _lock(self._work)
+        if self._lock is None:
+            self._work = self._work.with_name(f"{WORK}-{os.getpid()}")
+        model = open_streamed(self.checkpoint, settings.dtype, settings.device, self._work)
+        keep_verdicts_(model, self._verdicts)
         result = quantize_model(
             model,
             cell.baseline.instance,
@@ -211,8 +236,36 @@ class Streamed(Supply):
             seed=settings.seed,
             progress=progress,
         )
+        self._last = _Quantized.of(cell, model, result, windows is not None)
         return model, result
 
     def done(self, folder: Path) -> None:
-        """The quantized blocks are not needed any more."""
-        shutil.rmtree(folder / WORK, ignore_errors=True)
+        """The blocks stay for cells with the same weights until others are asked for."""
+        if self._work is not None and self._work.parent == folder:
+            self._finished = True
+        else:
+            super().done(folder)
+
+    def release(self) -> None:
+        """Let go of the last cell, and of its blocks where everything about it is stored."""
+        if self._work is not None and self._finished:
+            shutil.rmtree(self._work, ignore_errors=True)
+        if self._lock is not None:
+            self._lock.close()
+        self._last, self._work, self._lock, self._finished = None, None, None, False
+
+
+def _lock(work: Path) -> IO[str] | None:
+    """The open lock of a work folder; None where another process is at work in it."""
+    work.mkdir(parents=True, exist_ok=True)
+    lock = (work / "lock").open("w")
+    try:
+        import fcntl
+
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # no such locks on Windows
+        return lock
+    except OSError:
+        lock.close()
+        return None
+    return lock
