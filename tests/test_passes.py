@@ -11,7 +11,7 @@ import torch
 from cli_fixtures import DATA, qbench
 from invented_architecture import odd_model, odd_windows
 
-from qbench import Baseline, evaluate, quantize_model, round_to_nearest
+from qbench import Baseline, QBenchError, evaluate, quantize_model, round_to_nearest
 from qbench.models.blocks import find_blocks
 from qbench.models.bypass import Bypass, bypass_of
 from qbench.models.bypass import same as alike
@@ -278,3 +278,77 @@ def test_equal_rows_together_score_as_every_row_alone():
     assert found.details["batching"] == "equal length"
     differences = found.items["loglikelihood"] - alone["arc_easy"].items["loglikelihood"]
     assert abs(differences).max() < 0.05 * abs(found.items["loglikelihood"]).mean()
+
+
+@dataclass(frozen=True)
+class Caching(Baseline):
+    """Keeps something of its own beside the statistics, under a careless name."""
+
+    weight_statistics = ("hessian",)
+    strength: float = 0.1
+
+    def quantize_weight(self, weight, scheme, stats, generator):
+        clip = stats.cached("clip", lambda: self.strength * float(stats.hessian.diagonal().max()))
+        return round_to_nearest(weight.clamp(-clip, clip), scheme)
+
+
+def test_what_a_method_caches_in_one_cell_is_not_read_in_the_next():
+    model = tiny_model()
+    shared = Calibration(model, WINDOWS)
+    quantize_model(copy.deepcopy(model), Caching(0.001), "W4A16", shared)
+    one, other = copy.deepcopy(model), copy.deepcopy(model)
+    quantize_model(one, Caching(0.5), "W4A16", shared)
+    quantize_model(other, Caching(0.5), "W4A16", WINDOWS)
+    assert same(weights(one), weights(other))
+
+
+def test_a_calibration_that_is_kept_leaves_its_own_model_alone():
+    model = tiny_model()
+    with pytest.raises(QBenchError, match="quantize a copy of the model"):
+        quantize_model(model, "gptq", "W4A16", Calibration(model, WINDOWS))
+    assert same(weights(model), weights(tiny_model()))
+
+
+def test_activations_that_cannot_be_leave_those_that_are_there(monkeypatch):
+    """As where only the second block has no place for keys and values."""
+    model = tiny_model()
+    result = quantize_model(model, "rtn", "W4A8", WINDOWS)
+    before = logits(model)
+    result.blocks[1].uses_sdpa = False
+    with pytest.raises(QBenchError, match="KV4"):
+        requantize_activations(model, quantized("rtn", "W4A4KV4"), result)
+    assert torch.equal(logits(model), before)
+    again = requantize_activations(model, quantized("rtn", "W4A16"), result)
+    expected = tiny_model()
+    quantize_model(expected, "rtn", "W4A16", WINDOWS)
+    assert torch.equal(logits(model), logits(expected))
+    assert not again.handles
+
+
+def test_energies_of_rounded_outputs_with_a_bias_are_not_taken():
+    """A bias of 300 rounds off more in bfloat16 than the product is large."""
+    model = tiny_model("qwen2").to(torch.bfloat16)
+    for _, block in find_blocks(model):
+        block.self_attn.k_proj.bias.data.fill_(300)
+    before = weights(model)
+    result = quantize_model(model, "gptq", "W4A16", WINDOWS)
+    name = "model.layers.0.self_attn.k_proj"
+    report = next(r for r in result.layers if r.name == name)
+    exact = tiny_model("qwen2")
+    exact.load_state_dict({k: v.float() for k, v in before.items()})
+    stats = hessian_of(exact, name)
+    w = before[f"{name}.weight"].float()
+    delta = w - model.get_parameter(f"{name}.weight").float()
+    expected = float(((delta @ stats) * delta).sum() / ((w @ stats) * w).sum())
+    assert report.proxy_loss == pytest.approx(expected, rel=0.05)
+
+
+def hessian_of(model, name):
+    seen = []
+    module = model.get_submodule(name)
+    handle = module.register_forward_pre_hook(lambda m, args: seen.append(args[0].detach()))
+    with torch.no_grad():
+        model(input_ids=WINDOWS)
+    handle.remove()
+    x = seen[0].flatten(0, 1)
+    return 2 / len(WINDOWS) * x.T @ x

@@ -13,11 +13,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qbench import Baseline, QBenchError, evaluate, quantize_model
-from qbench.models import streaming
+from qbench.errors import RunFailed
+from qbench.models import streamed, streaming
 from qbench.models.blocks import find_blocks
 from qbench.models.bypass import bypass_of
 from qbench.models.checkpoints import find_checkpoint
-from qbench.models.streaming import open_streamed, resident, save_streamed, stream_of
+from qbench.models.streamed import open_streamed, save_streamed
+from qbench.models.streaming import resident, stream_of
 from qbench.quantization.outcome import quantization_of
 from qbench.registry import load_baseline
 from qbench.study import supply
@@ -298,8 +300,8 @@ def test_what_does_not_fit_into_memory_twice_is_streamed_unless_forbidden(
 ):
     options = ["--scheme", "W4A16", "--baseline", "rtn", "--tasks", f"{text}@gptq-16"]
     opened = []
-    real = streaming.open_streamed
-    monkeypatch.setattr(streaming, "open_streamed", lambda *a: (opened.append(a), real(*a))[1])
+    real = streamed.open_streamed
+    monkeypatch.setattr(streamed, "open_streamed", lambda *a: (opened.append(a), real(*a))[1])
     qbench("run", tiny, *options, "--results", tmp_path / "much")
     assert not opened
     monkeypatch.setattr(supply, "free_memory", lambda device: 1000)
@@ -308,3 +310,104 @@ def test_what_does_not_fit_into_memory_twice_is_streamed_unless_forbidden(
     result = qbench("run", tiny, *options, "--results", tmp_path / "little")
     assert len(opened) == 1
     assert "two copies of its weights do not fit into memory" in result.stderr
+
+
+SWEEP = """
+checkpoints: [{folder}]
+baselines: [rtn]
+schemes: [W4A16, W4A8, W3A16]
+tasks: ["{text}@gptq-16"]
+limit: 2
+stream: true
+results: {results}
+"""
+
+
+def test_a_streamed_sweep_shares_blocks_and_leaves_none_behind(tiny, text, tmp_path, monkeypatch):
+    calls = []
+    quantize = supply.quantize_model
+    monkeypatch.setattr(
+        supply, "quantize_model", lambda *a, **k: (calls.append(str(a[2])), quantize(*a, **k))[1]
+    )
+    file = tmp_path / "sweep.yaml"
+    file.write_text(SWEEP.format(folder=tiny, text=text, results=tmp_path / "runs"))
+    qbench("sweep", file)
+    assert [call.partition(":")[0] for call in calls] == ["W4A16", "W3A16"]
+    assert not list((tmp_path / "runs").rglob("block*"))
+    file.write_text(file.read_text().replace("stream: true", "stream: false"))
+    found = records(tmp_path / "runs")
+    file.write_text(file.read_text().replace(str(tmp_path / "runs"), str(tmp_path / "memory")))
+    qbench("sweep", file)
+    expected = records(tmp_path / "memory")
+    assert {p: timeless(r) for p, r in found.items()} == {
+        p: timeless(r) for p, r in expected.items()
+    }
+
+
+def test_blocks_of_a_cell_that_is_done_are_cleared_when_it_is_met_again(tiny, text, tmp_path):
+    """As after a kill between the last record and the end."""
+    options = ["--scheme", "W4A16", "--baseline", "rtn", "--tasks", f"{text}@gptq-16"]
+    qbench("run", tiny, *options, "--results", tmp_path, "--stream")
+    (record,) = tmp_path.rglob("quantization.json")
+    (record.parent / "blocks").mkdir()
+    (record.parent / "blocks" / "block-00000.safetensors").write_bytes(b"left")
+    qbench("run", tiny, *options, "--results", tmp_path)
+    assert not (record.parent / "blocks").exists()
+
+
+def test_two_processes_do_not_share_a_work_folder(tmp_path):
+    first = supply._lock(tmp_path / "blocks")
+    assert first is not None
+    assert supply._lock(tmp_path / "blocks") is None
+    first.close()
+    assert supply._lock(tmp_path / "blocks") is not None
+
+
+def test_blocks_of_another_version_are_not_taken_over(folder, tmp_path, monkeypatch):
+    quantize_model(opened(folder, tmp_path / "work"), "rtn", "W4A16")
+    assert len(stream_of(opened(folder, tmp_path / "work")).reports) == 2
+    monkeypatch.setattr(streaming, "__version__", "another")
+    assert not stream_of(opened(folder, tmp_path / "work")).reports
+
+
+def test_weights_that_the_config_ties_but_the_file_does_not_stay_apart(tmp_path):
+    tiny_checkpoint(tmp_path / "tiny")
+    edit_config(tmp_path / "tiny", tie_word_embeddings=True)
+    assert torch.equal(logits(opened(tmp_path / "tiny")), logits(in_memory(tmp_path / "tiny")))
+
+
+def test_parts_that_transformers_keeps_in_float32_are_not_cast(folder, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules", {"norm"})
+    opened(folder, dtype="bfloat16")
+    with pytest.raises(QBenchError, match="keeps norm in float32; use --dtype float32"):
+        opened(folder, dtype="float16")
+
+
+def test_how_a_checkpoint_generates_is_saved_with_it(tmp_path):
+    tiny_checkpoint(tmp_path / "tiny")
+    path = tmp_path / "tiny" / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": [2, 5], "temperature": 0.6, "do_sample": True}))
+    model = opened(tmp_path / "tiny")
+    (tmp_path / "saved").mkdir()
+    save_streamed(model, tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    assert saved["eos_token_id"] == [2, 5] and saved["temperature"] == 0.6
+
+
+def test_a_full_disk_is_an_error_and_not_a_crash(folder, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(streaming, "SPILLED", 1)
+    monkeypatch.setattr(streaming.os, "posix_fallocate", full)
+    model = opened(folder, tmp_path / "work")
+    with pytest.raises(RunFailed, match="no room for activations.*No space left"):
+        stream_of(model).spill(torch.zeros(4, 4))
+
+
+def test_estimates_know_when_activations_lie_in_files():
+    from qbench.study import costs
+
+    assert costs.SPILLED == streaming.SPILLED

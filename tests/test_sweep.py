@@ -324,7 +324,7 @@ def test_only_one_model_is_held_at_a_time(write, tiny, copy_of, monkeypatch):
     )
     others = [str(copy_of("b")), str(tiny)]
     qbench("sweep", write(checkpoints=[others[1], others[0]], baselines=["rtn"]))
-    assert [bench.checkpoint.name for bench in released] == ["tiny"]
+    assert [bench.checkpoint.name for bench in released] == ["tiny", "b"]
 
 
 def _start_forked(file: Path) -> int:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qbench.errors import QBenchError, RunFailed
-from qbench.models.streaming import save_streamed, stream_of
+from qbench.models.streamed import save_streamed
+from qbench.models.streaming import stream_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

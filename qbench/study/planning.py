@@ -17,7 +17,7 @@ from typing import Any
 from qbench.baseline import Baseline
 from qbench.errors import QBenchError
 from qbench.evaluation.tasks import PreparedTask, TaskSpec
-from qbench.models.streaming import why_not_streamed
+from qbench.models.streamed import why_not_streamed
 from qbench.study.cells import Cell, CellPlan
 from qbench.study.costs import Estimate, Work, estimate
 from qbench.study.runner import Workbench

@@ -80,7 +80,7 @@ def supply_of(checkpoint: Checkpoint, settings: Settings) -> Supply:
     """
     if not is_streamed(checkpoint, settings):
         return InMemory(checkpoint, settings)
-    from qbench.models.streaming import why_not_streamed
+    from qbench.models.streamed import why_not_streamed
 
     if reason := why_not_streamed(checkpoint):
         raise QBenchError(f"{reason}; --no-stream loads it")
@@ -89,7 +89,7 @@ def supply_of(checkpoint: Checkpoint, settings: Settings) -> Supply:
 
 def is_streamed(checkpoint: Checkpoint, settings: Settings) -> bool:
     """Whether blocks stay on disk: as asked, or where two copies of the weights do not fit."""
-    from qbench.models.streaming import why_not_streamed
+    from qbench.models.streamed import why_not_streamed
 
     if settings.stream is not None:
         return settings.stream
@@ -210,7 +210,7 @@ class Streamed(Supply):
     ) -> tuple[PreTrainedModel, Quantization]:
         """A streamed model, quantized from the block on that an earlier run had reached."""
         from qbench.evaluation.sharing import keep_verdicts_
-        from qbench.models.streaming import open_streamed
+        from qbench.models.streamed import open_streamed
 
         settings = self.settings
         if cell.changes_nothing:
