@@ -96,6 +96,7 @@ class GPTQ(Baseline):
         key = f"gptq:{self.percdamp}:{self.act_order}"
         path = stats.cached(key, lambda: self._factorize(stats.hessian))
         columns = _Columns(self, weight, scheme, path)
+        del weight  # the walk has its own
         columns.walk(path)
         return columns.result(path)
 
@@ -224,6 +225,7 @@ class _Columns:
             values = self.decode(self.codes, self.scale.flip(1), self.zero_point.flip(1))
             values = values.index_select(1, back)
         else:
+            self.codes = codes  # not both orders at a time
             values = self.decode(codes, self.scale, self.zero_point)
         return QuantizedWeight(
             weight=values,

@@ -95,34 +95,35 @@ class Rounder:
         linears = [block.linears[name] for name in names]
         seen = stats[names[0]]
         full_names = [f"{block.name}.{name}" for name in names]
-        weights = [linear.weight.float() for linear in linears]
-        quantized, fallback = self._round(full_names[0], weights, scheme, seen)
-        parts = _split(quantized, [len(weight) for weight in weights])
+        quantized, fallback = self._round(full_names[0], linears, scheme, seen)
+        parts = _split(quantized, [linear.shape[0] for linear in linears])
         del quantized
         seconds = (time.perf_counter() - started) / len(names)
         reports = []
-        for name, linear, weight, part in zip(full_names, linears, weights, parts, strict=True):
+        for name, linear, part in zip(full_names, linears, parts, strict=True):
             self._check(name, part, scheme)
+            weight = linear.weight.float()
             reports.append(_report(name, weight, part, scheme, seen, fallback, seconds))
+            del weight  # as large as the matrix, or the matrix itself
             linear.set_weight_(part.weight)
             if part.input_transform is not None:
                 attach([linear], _InputTransform(part.input_transform))
         return reports
 
     def _round(
-        self, name: str, weights: list[Tensor], scheme: Scheme, stats: Statistics
+        self, name: str, linears: list[Linear], scheme: Scheme, stats: Statistics
     ) -> tuple[QuantizedWeight, str | None]:
         """The method's own rounding, or rounding to nearest and the reason for it.
 
-        A method may err and write into what it is given: that is a copy, made by ``cat``.
+        A method may err and write into what it is given: that is a copy, and nobody else holds it.
         """
         try:
             if self.baseline.weight_statistics and not stats.n_tokens:
                 raise CannotQuantize("no calibration token reached it")
             generator = self.generator(name)
-            quantized = self.baseline.quantize_weight(torch.cat(weights), scheme, stats, generator)
+            quantized = self.baseline.quantize_weight(_whole(linears), scheme, stats, generator)
         except CannotQuantize as reason:
-            return round_to_nearest(torch.cat(weights), scheme), str(reason)
+            return round_to_nearest(_whole(linears), scheme), str(reason)
         if isinstance(quantized, Tensor):
             quantized = QuantizedWeight(quantized)
         return quantized, None
@@ -142,6 +143,11 @@ def _no_larger(stack: list[str], block: Block) -> list[list[str]]:
     """The stack, or its members one by one where it would be too large."""
     size = sum(block.linears[name].weight.numel() for name in stack)
     return [stack] if size <= STACKED else [[name] for name in stack]
+
+
+def _whole(linears: list[Linear]) -> Tensor:
+    """A copy of the matrices, one below the other, in float32."""
+    return torch.cat([linear.weight.float() for linear in linears])
 
 
 def _untouched(block: Block, linear: Linear, scheme: Scheme) -> LayerReport:
@@ -236,11 +242,12 @@ def _proxy_loss(
 
 def quadratic(matrix: Tensor, hessian: Tensor) -> Tensor:
     """tr(M H Mᵀ) for a matrix (out_features, in_features)."""
-    return ((matrix @ hessian.to(matrix.device)) * matrix).sum(dtype=torch.float64)
+    return (matrix @ hessian.to(matrix.device)).mul_(matrix).sum(1).double().sum()
 
 
 def _square(x: Tensor) -> Tensor:
-    return x.double().square().sum()
+    # row by row: a copy in float64 would be twice the matrix
+    return torch.linalg.vector_norm(x, dim=1).double().square().sum()
 
 
 def _ratio(part: Tensor, whole: Tensor) -> float | None:

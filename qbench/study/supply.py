@@ -21,6 +21,7 @@ from typing import IO, TYPE_CHECKING, Any
 from qbench.errors import QBenchError
 from qbench.models.bitnet.trained import layer_reports
 from qbench.models.checkpoints import Checkpoint
+from qbench.process import give_memory_back
 from qbench.quantization.outcome import Quantization
 from qbench.quantization.quantize import Progress, quantize_model, requantize_activations
 from qbench.scheme import Scheme
@@ -198,6 +199,7 @@ class Streamed(Supply):
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings) -> None:
         super().__init__(checkpoint, settings)
+        give_memory_back()
         self._last: _Quantized | None = None
         self._work: Path | None = None
         """Where the blocks of the last cell lie."""
