@@ -29,6 +29,8 @@ WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of a number by torch's name of its type."""
 PROCESS = 0.42 * 2**30
 """What torch, transformers and lm-eval take before anything is loaded."""
+ANONYMOUS = 0.28 * 2**30
+"""The part of it that is no page of a file."""
 SPILLED = 1 << 20
 """Activations of a batch of this many bytes lie in a file when a model is streamed."""
 _CALIBRATION_BATCH = 2048
@@ -122,7 +124,7 @@ def estimate(shape: ModelShape, work: Work, speed: Speed) -> Estimate:
     kept = shape.in_blocks * work.width if work.quantizes else 0
     return Estimate(
         memory=PROCESS + weights * (2 if work.quantizes else 1) + whole,
-        streamed_memory=PROCESS + outside + block + streamed,
+        streamed_memory=ANONYMOUS + outside + block + streamed,
         disk=weights,
         work_files=kept + (activations if spills else 0),
         seconds=seconds(shape, work, speed),
