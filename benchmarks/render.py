@@ -5,7 +5,7 @@ python -m benchmarks.render [FOLDER]     benchmarks/results by default
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 from benchmarks.common import RESULTS, Report
@@ -41,4 +41,6 @@ def write(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS)
+    given = argparse.ArgumentParser(description="Write the page of a folder of reports.")
+    given.add_argument("folder", type=Path, nargs="?", default=RESULTS)
+    write(given.parse_args().folder)
