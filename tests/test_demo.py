@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from qbench import demo
 from qbench.cli import app
+from qbench.comparison.frame import frame
 from qbench.progress import Reporter
-from qbench.study import demo
 from qbench.study.commands import run_sweep
-from qbench.study.frame import frame
 from qbench.study.store import Run, Store
 
 

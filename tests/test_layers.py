@@ -30,6 +30,12 @@ LAYERS = (  # from the ground up; the vocabulary is one layer, and so is each fo
     ("world",),
     ("testing",),
     ("study",),
+    ("comparison",),
+    ("tables",),
+    ("plots",),
+    ("reproduction",),
+    ("report",),
+    ("demo",),
     ("cli", "__main__"),
 )
 RANK = {room: number for number, layer in enumerate(LAYERS) for room in layer}
@@ -42,11 +48,12 @@ TORCH_FREE = """
     qbench.evaluation.tasks qbench.evaluation.corpora qbench.evaluation.data
     qbench.evaluation.definitions qbench.evaluation.estimates
     qbench.models.checkpoints
-    qbench.study.store qbench.study.frame qbench.study.entries qbench.study.tables
-    qbench.study.layouts qbench.study.columns qbench.study.sheet qbench.study.render
-    qbench.study.headings qbench.study.panels qbench.study.plots qbench.study.reference
-    qbench.study.scaling qbench.study.sizes qbench.study.size_table qbench.study.figures
-    qbench.study.against_bits qbench.study.against_size
+    qbench.study.store qbench.comparison.frame qbench.comparison.entries qbench.tables.table
+    qbench.tables.layouts qbench.tables.columns qbench.tables.sheet qbench.tables.render
+    qbench.comparison.headings qbench.comparison.panels qbench.comparison.reference
+    qbench.plots.plot
+    qbench.comparison.scaling qbench.comparison.sizes qbench.tables.size_table qbench.plots.style
+    qbench.plots.against_bits qbench.plots.against_size
     qbench.study.listing qbench.study.environment qbench.study.doctor
 """.split()
 

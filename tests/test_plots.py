@@ -11,9 +11,9 @@ import pytest
 from study_fixtures import BITNET_TASKS, add, bitnet_store, quantization, task
 
 from qbench.errors import QBenchError, RunFailed
-from qbench.study.plots import draw, plot
+from qbench.plots.plot import draw, plot
 from qbench.study.store import Store
-from qbench.study.tables import stored_entries
+from qbench.tables.table import stored_entries
 
 
 @pytest.fixture

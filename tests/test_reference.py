@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from qbench.comparison import reference
 from qbench.errors import QBenchError
-from qbench.study import reference
 
 
 def test_the_papers_tables_and_scaling_curves_are_there() -> None:

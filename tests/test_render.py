@@ -12,7 +12,7 @@ import pytest
 from study_fixtures import BITNET_TASKS, add, bitnet_store, numbers, quantization
 
 from qbench.study.store import Store
-from qbench.study.tables import FORMATS, table
+from qbench.tables.table import FORMATS, table
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from itertools import product
 import numpy as np
 import pytest
 
+from qbench.comparison import reference
+from qbench.comparison.scaling import count_sizes, fit
 from qbench.errors import QBenchError
-from qbench.study import reference
-from qbench.study.scaling import count_sizes, fit
 
 SIZES = [125e6, 350e6, 760e6, 1.3e9, 2.7e9, 6.7e9]  # BitNet, arXiv 2310.11453, section 3.1
 

@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 
 from qbench.cli import app
 from qbench.errors import QBenchError
+from qbench.plots import plot as plots
+from qbench.plots.plot import draw, plot
 from qbench.record import Metric, QuantizationRecord
-from qbench.study import plots
-from qbench.study.plots import draw, plot
 from qbench.study.store import Store
-from qbench.study.tables import stored_entries, table
+from qbench.tables.table import stored_entries, table
 
 SIX = (125_000_000, 350_000_000, 760_000_000, 1_300_000_000, 2_700_000_000, 6_700_000_000)
 B158 = "W1.58A8:grid=ternary"

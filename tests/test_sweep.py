@@ -24,7 +24,7 @@ from qbench.study import runner, supply
 from qbench.study.commands import run_sweep
 from qbench.study.store import Store
 from qbench.study.sweep import Sweep
-from qbench.study.tables import table
+from qbench.tables.table import table
 
 
 def sweep(**fields) -> Sweep:

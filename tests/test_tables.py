@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 from study_fixtures import BITNET_TASKS, add, bitnet_store, cells, numbers, quantization, task
 
+from qbench.comparison.frame import frame
+from qbench.comparison.headings import size_text
 from qbench.errors import QBenchError
 from qbench.record import CalibrationSpec
-from qbench.study.frame import frame
-from qbench.study.sheet import accuracy_text, difference_text, perplexity_text, size_text
 from qbench.study.store import Store
-from qbench.study.tables import table
+from qbench.tables.sheet import accuracy_text, difference_text, perplexity_text
+from qbench.tables.table import table
 
 
 @pytest.fixture

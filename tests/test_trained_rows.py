@@ -11,13 +11,13 @@ from bitnet_fixtures import N_CODES, N_LINEARS, b1, hf_llama, microsoft
 from cli_fixtures import DATA, qbench, records, refused
 from study_fixtures import add, cells, quantization
 
+from qbench.comparison.panels import accuracy_panels
 from qbench.errors import QBenchError
 from qbench.evaluation.tasks import EvaluationOptions
 from qbench.models import files
 from qbench.models.checkpoints import find_checkpoint
-from qbench.study.panels import accuracy_panels
 from qbench.study.store import Store
-from qbench.study.tables import stored_entries, table
+from qbench.tables.table import stored_entries, table
 
 TERNARY = "W1.58A8:w=tensor,a=token,grid=ternary,agrid=restricted"
 BINARY = "W1A8:w=tensor,a=token,grid=sign,agrid=restricted"

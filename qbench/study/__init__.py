@@ -1,1 +1,1 @@
-"""Stored results: sweeps, tables, plots. Reading them never imports torch."""
+"""Cells, runs and sweeps, what they would take, and the store of their results."""

@@ -15,11 +15,11 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+from qbench.comparison.entries import Entry, Key, Measured, common, deviations, perplexity_keys
+from qbench.comparison.headings import size_text
+from qbench.comparison.panels import Panel, Point, Tasks, averages, caption
+from qbench.comparison.scaling import PowerLaw, count_sizes, fit
 from qbench.errors import QBenchError
-from qbench.study.entries import Entry, Key, Measured, common, deviations, perplexity_keys
-from qbench.study.panels import Panel, Point, Tasks, averages, caption
-from qbench.study.scaling import PowerLaw, count_sizes, fit
-from qbench.study.sheet import size_text
 
 LOSSES = ("perplexity", "bits_per_byte")
 """What a loss can be made of."""

@@ -13,9 +13,10 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from qbench.comparison.entries import Entry
+from qbench.comparison.panels import Panel, Point, accuracy_panels, caption, perplexity_panels
 from qbench.errors import QBenchError
-from qbench.study.entries import Entry
-from qbench.study.figures import (
+from qbench.plots.style import (
     COLOURS,
     GREY,
     MARKERS,
@@ -25,7 +26,6 @@ from qbench.study.figures import (
     mark,
     our_style,
 )
-from qbench.study.panels import Panel, Point, accuracy_panels, caption, perplexity_panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

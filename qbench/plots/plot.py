@@ -1,7 +1,7 @@
 """Figures of everything in a store, in one call: against bits, or against model size.
 
 Left out on purpose: choosing colours and sizes; take the Figure that :func:`draw` returns. What a
-figure looks like stands in :mod:`qbench.study.against_bits` and :mod:`qbench.study.against_size`.
+figure looks like stands in :mod:`qbench.plots.against_bits` and :mod:`qbench.plots.against_size`.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qbench.comparison import reference
+from qbench.comparison.entries import Entry
+from qbench.comparison.panels import X_AXES
+from qbench.comparison.sizes import LOSSES
 from qbench.errors import QBenchError, unknown
-from qbench.study import reference
-from qbench.study.against_bits import draw_against_bits
-from qbench.study.against_size import draw_against_size
-from qbench.study.entries import Entry
-from qbench.study.figures import check_suffix, save
-from qbench.study.panels import X_AXES
-from qbench.study.sizes import LOSSES
+from qbench.plots.against_bits import draw_against_bits
+from qbench.plots.against_size import draw_against_size
+from qbench.plots.style import check_suffix, save
 from qbench.study.store import Store
-from qbench.study.tables import METRICS, asked_for, stored_entries
+from qbench.tables.table import METRICS, asked_for, stored_entries
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,7 +56,7 @@ def plot(
         against: name of a published table whose full-precision and trained rows are added, hollow;
             only for the kinds against size.
         width_in: width of the figure in inches; None fits the number of panels.
-        checkpoints: filters, this and the next four, as in :func:`qbench.study.tables.table`.
+        checkpoints: filters, this and the next four, as in :func:`qbench.tables.table.table`.
         baselines: methods. Against size, these two choose the quantized rows that join the
             full-precision and trained ones; without them there are none.
         schemes: by label or full text.
@@ -95,7 +95,7 @@ def draw(
     width_in: float | None = None,
     asked: Collection[str] | None = None,
 ) -> Figure:
-    """The figure of some rows (see :func:`qbench.study.tables.stored_entries`).
+    """The figure of some rows (see :func:`qbench.tables.table.stored_entries`).
 
     Args:
         entries: the rows; none is fine against size where published ones are added.

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from qbench.study.sheet import Column, Sheet
+from qbench.tables.sheet import Column, Sheet
 
 if TYPE_CHECKING:
     from rich.table import Table

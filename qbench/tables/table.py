@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from qbench.comparison.entries import Entry, entries, select
+from qbench.comparison.frame import frame
 from qbench.errors import QBenchError, unknown
-from qbench.study import render
-from qbench.study.entries import Entry, entries, select
-from qbench.study.frame import frame
-from qbench.study.layouts import BY_SIZE, LAYOUTS, Options, lay_out
-from qbench.study.sheet import Sheet
 from qbench.study.store import Store
+from qbench.tables import render
+from qbench.tables.layouts import BY_SIZE, LAYOUTS, Options, lay_out
+from qbench.tables.sheet import Sheet
 
 if TYPE_CHECKING:
     from pandas import DataFrame

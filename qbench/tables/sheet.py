@@ -10,9 +10,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from qbench.study.entries import Measured
-
-MISSING = "–"
+from qbench.comparison.entries import Measured
+from qbench.comparison.headings import MISSING
 
 
 @dataclass(frozen=True)
@@ -105,16 +104,3 @@ def difference_text(difference: float, percent: bool) -> str:
     if abs(difference) >= 10_000 and not percent:
         text = "+" + perplexity_text(difference)
     return text.replace("-", "−")
-
-
-def size_text(parameters: int | None) -> str:
-    """125M, 1.3B, 0.51M, 2.1K."""
-    if parameters is None:
-        return MISSING
-    for unit, name, least in ((1e9, "B", 1), (1e6, "M", 0.1), (1e3, "K", 1)):
-        scaled = parameters / unit
-        if round(scaled, 3) >= least:
-            digits = 2 if scaled < 1 else 1 if scaled < 100 else 0
-            text = f"{scaled:.{digits}f}"
-            return (text.rstrip("0").removesuffix(".") if digits else text) + name
-    return str(parameters)

@@ -12,8 +12,8 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from qbench.study.entries import Entry, Key, Measured, common, deviations, say
-from qbench.study.sheet import (
+from qbench.comparison.entries import Entry, Key, common, deviations, mean_of, say
+from qbench.tables.sheet import (
     MISSING,
     Cell,
     Column,
@@ -91,23 +91,6 @@ def mean_column(
     if not parts:
         cells = [Cell(MISSING) for _ in entries]
     return Column(heading, _best(entries, cells))
-
-
-def mean_of(numbers: Sequence[Measured]) -> Measured:
-    """The plain mean of several tasks; its error assumes that their items are independent."""
-    values = [number.value for number in numbers if number.value is not None]
-    errors = [number.stderr for number in numbers if number.stderr is not None]
-    complete = len(errors) == len(numbers)
-    chances = [number.chance for number in numbers if number.chance is not None]
-    metrics = sorted({number.metric for number in numbers})
-    return Measured(
-        task="mean of " + ", ".join(number.task for number in numbers),
-        kind=numbers[0].kind,
-        metric="/".join(metrics),
-        value=sum(values) / len(values),
-        stderr=math.hypot(*errors) / len(numbers) if complete else None,
-        chance=sum(chances) / len(chances) if len(chances) == len(numbers) else None,
-    )
 
 
 def difference_column(

@@ -11,21 +11,11 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 
-from qbench.study.columns import mean_column, run_notes, score_column
-from qbench.study.entries import Entry, perplexity_keys
-from qbench.study.panels import Tasks
-from qbench.study.scaling import SAME_SIZE
-from qbench.study.sheet import (
-    MISSING,
-    Cell,
-    Column,
-    Sheet,
-    accuracy_text,
-    difference_text,
-    perplexity_text,
-    size_text,
-)
-from qbench.study.sizes import (
+from qbench.comparison.entries import Entry, perplexity_keys
+from qbench.comparison.headings import size_text
+from qbench.comparison.panels import Tasks
+from qbench.comparison.scaling import SAME_SIZE
+from qbench.comparison.sizes import (
     Line,
     average,
     in_families,
@@ -35,6 +25,16 @@ from qbench.study.sizes import (
     loss_of,
     loss_panels,
     role,
+)
+from qbench.tables.columns import mean_column, run_notes, score_column
+from qbench.tables.sheet import (
+    MISSING,
+    Cell,
+    Column,
+    Sheet,
+    accuracy_text,
+    difference_text,
+    perplexity_text,
 )
 
 _HEADINGS = {"perplexity": "loss", "bits_per_byte": "bits/byte"}

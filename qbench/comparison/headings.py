@@ -6,6 +6,9 @@ A task that is not listed keeps its own name and has no chance level, unless its
 
 from __future__ import annotations
 
+MISSING = "–"
+"""What stands where there is no number."""
+
 _KNOWN = {  # how a task's name begins -> (column heading of the papers, share right by guessing)
     "wsc": ("WG", 0.5),
     "winograd_": ("WG", 0.5),
@@ -40,3 +43,16 @@ def task_order(task: str) -> tuple[int, str]:
     starts = list(_KNOWN)
     rank = next((i for i, start in enumerate(starts) if task.startswith(start)), len(starts))
     return rank, task
+
+
+def size_text(parameters: int | None) -> str:
+    """125M, 1.3B, 0.51M, 2.1K."""
+    if parameters is None:
+        return MISSING
+    for unit, name, least in ((1e9, "B", 1), (1e6, "M", 0.1), (1e3, "K", 1)):
+        scaled = parameters / unit
+        if round(scaled, 3) >= least:
+            digits = 2 if scaled < 1 else 1 if scaled < 100 else 0
+            text = f"{scaled:.{digits}f}"
+            return (text.rstrip("0").removesuffix(".") if digits else text) + name
+    return str(parameters)

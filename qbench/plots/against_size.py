@@ -12,8 +12,20 @@ import textwrap
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
-from qbench.study.entries import Entry
-from qbench.study.figures import (
+from qbench.comparison.entries import Entry
+from qbench.comparison.headings import size_text
+from qbench.comparison.panels import Point
+from qbench.comparison.scaling import PowerLaw
+from qbench.comparison.sizes import (
+    SizePanel,
+    accuracy_panels,
+    in_families,
+    left_out_line,
+    loss_panels,
+    size_caption,
+    with_sizes,
+)
+from qbench.plots.style import (
     COLOURS,
     GREY,
     MARKERS,
@@ -22,18 +34,6 @@ from qbench.study.figures import (
     legend_below,
     mark,
     our_style,
-)
-from qbench.study.panels import Point
-from qbench.study.scaling import PowerLaw
-from qbench.study.sheet import size_text
-from qbench.study.sizes import (
-    SizePanel,
-    accuracy_panels,
-    in_families,
-    left_out_line,
-    loss_panels,
-    size_caption,
-    with_sizes,
 )
 
 if TYPE_CHECKING:

@@ -5,22 +5,23 @@ An entry is one run with one number per column. Where a run was measured several
 nothing is mixed in silence. :func:`deviations` says how a number was measured differently from the
 rest of its column.
 
-Left out on purpose: how numbers are written (:mod:`qbench.study.sheet`).
+Left out on purpose: how numbers are written (:mod:`qbench.tables.sheet`).
 """
 
 from __future__ import annotations
 
 import fnmatch
 import json
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from qbench.comparison.frame import RUN_COLUMNS, TASK_COLUMNS
+from qbench.comparison.headings import task_order
 from qbench.errors import QBenchError, unknown
 from qbench.scheme import Scheme
-from qbench.study.frame import RUN_COLUMNS, TASK_COLUMNS
-from qbench.study.headings import task_order
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -176,6 +177,23 @@ def deviations(measured: Measured, usual: dict[str, Any]) -> str:
         if measured.conditions and measured.conditions.get(name) != usual.get(name):
             parts.append(say(name, measured.conditions.get(name)))
     return ", ".join(parts)
+
+
+def mean_of(numbers: Sequence[Measured]) -> Measured:
+    """The plain mean of several tasks; its error assumes that their items are independent."""
+    values = [number.value for number in numbers if number.value is not None]
+    errors = [number.stderr for number in numbers if number.stderr is not None]
+    complete = len(errors) == len(numbers)
+    chances = [number.chance for number in numbers if number.chance is not None]
+    metrics = sorted({number.metric for number in numbers})
+    return Measured(
+        task="mean of " + ", ".join(number.task for number in numbers),
+        kind=numbers[0].kind,
+        metric="/".join(metrics),
+        value=sum(values) / len(values),
+        stderr=math.hypot(*errors) / len(numbers) if complete else None,
+        chance=sum(chances) / len(chances) if len(chances) == len(numbers) else None,
+    )
 
 
 def say(condition: str, value: Any) -> str:

@@ -12,10 +12,10 @@ import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from qbench.comparison.headings import chance_level
 from qbench.errors import QBenchError
 from qbench.record import QuantizationRecord, TaskRecord
 from qbench.scheme import Scheme
-from qbench.study.headings import chance_level
 from qbench.study.store import Run, Store
 
 if TYPE_CHECKING:

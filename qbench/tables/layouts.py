@@ -1,6 +1,6 @@
 """Which columns a table has and how its rows are ordered: ours, and two of the BitNet papers.
 
-``comparison`` (default), ``sizes`` (:mod:`qbench.study.size_table`), ``bitnet-table3`` (BitNet,
+``comparison`` (default), ``sizes`` (:mod:`qbench.tables.size_table`), ``bitnet-table3`` (BitNet,
 arXiv 2310.11453, Table 3) and ``b158-table2`` (BitNet b1.58, arXiv 2402.17764, Table 2). A paper's
 layout keeps the paper's columns, so one that was not measured is empty, and an average stands only
 where all its tasks were measured. Perplexities of different protocols never share a column.
@@ -12,18 +12,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qbench.errors import unknown
-from qbench.scheme import format_bits
-from qbench.study import reference
-from qbench.study.columns import (
-    difference_column,
-    mean_column,
-    method_column,
-    scheme_column,
-    score_column,
-    text_column,
-)
-from qbench.study.entries import (
+from qbench.comparison import reference
+from qbench.comparison.entries import (
     Entry,
     Key,
     Measured,
@@ -31,9 +21,19 @@ from qbench.study.entries import (
     by_size,
     perplexity_keys,
 )
-from qbench.study.headings import chance_level, short_name
-from qbench.study.sheet import MISSING, Column, Sheet, size_text
-from qbench.study.size_table import size_sheet
+from qbench.comparison.headings import chance_level, short_name, size_text
+from qbench.errors import unknown
+from qbench.scheme import format_bits
+from qbench.tables.columns import (
+    difference_column,
+    mean_column,
+    method_column,
+    scheme_column,
+    score_column,
+    text_column,
+)
+from qbench.tables.sheet import MISSING, Column, Sheet
+from qbench.tables.size_table import size_sheet
 
 _BITNET_TASKS = ("WG", "WGe", "HS", "SC")
 _B158_TASKS = ("ARCe", "ARCc", "HS", "BQ", "OQ", "PQ", "WGe")

@@ -10,9 +10,9 @@ from __future__ import annotations
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
+from qbench.comparison.entries import Entry, Key, Measured
+from qbench.comparison.headings import short_name
 from qbench.errors import unknown
-from qbench.study.entries import Entry, Key, Measured
-from qbench.study.headings import short_name
 
 if TYPE_CHECKING:
     from pandas import DataFrame

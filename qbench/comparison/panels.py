@@ -15,8 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from qbench.study.columns import mean_of
-from qbench.study.entries import (
+from qbench.comparison.entries import (
     Entry,
     Key,
     Measured,
@@ -24,6 +23,7 @@ from qbench.study.entries import (
     by_size,
     common,
     deviations,
+    mean_of,
     perplexity_keys,
     say,
 )

@@ -15,12 +15,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from qbench.plots.plot import plot
 from qbench.progress import Reporter
 from qbench.study.commands import run_sweep
-from qbench.study.plots import plot
 from qbench.study.store import Store
 from qbench.study.sweep import BaselineEntry, CalibrationEntry, Sweep
-from qbench.study.tables import table
+from qbench.tables.table import table
 
 QUESTIONS = 20
 """Of every task, unless all are asked for: a few seconds a row."""

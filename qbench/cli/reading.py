@@ -1,0 +1,122 @@
+"""``qbench list``, ``table`` and ``plot``: what is stored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qbench.cli.application import DEFAULT_RESULTS, Names, Results, app
+from qbench.errors import QBenchError
+
+
+@app.command("list")
+def list_(
+    what: Annotated[str, typer.Argument(help="baselines, tasks, corpora, runs or checkpoints")],
+    results: Results = DEFAULT_RESULTS,
+) -> None:
+    """List baselines, tasks, corpora, runs or checkpoints."""
+    from qbench.study import listing
+
+    for line in listing.lines(what, results):
+        print(line)
+
+
+@app.command()
+def table(
+    layout: Annotated[
+        str, typer.Option(help="comparison, sizes, bitnet-table3, b158-table2")
+    ] = "comparison",
+    metric: Annotated[
+        str, typer.Option(help="acc, acc_norm or acc_token; in sizes bits_per_byte too")
+    ] = "acc",
+    format: Annotated[str, typer.Option(help="terminal, md, latex, csv or html")] = "terminal",
+    against: Annotated[str | None, typer.Option(help="A published table.")] = None,
+    delta: Annotated[bool, typer.Option(help="Difference to full precision.")] = False,
+    checkpoint: Names = [],  # noqa: B006
+    baseline: Names = [],  # noqa: B006
+    scheme: Names = [],  # noqa: B006
+    task: Names = [],  # noqa: B006
+    num_fewshot: Annotated[int | None, typer.Option()] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o")] = None,
+    results: Results = DEFAULT_RESULTS,
+) -> None:
+    """Print everything stored as a table."""
+    import shutil
+
+    from qbench.study.store import Store
+    from qbench.tables.table import table as make
+
+    text = make(
+        Store(results),
+        layout,
+        metric=metric,
+        against=against,
+        delta=delta,
+        format=format,
+        width=max(shutil.get_terminal_size((120, 24)).columns, 60),
+        checkpoints=checkpoint or None,
+        baselines=baseline or None,
+        schemes=scheme or None,
+        tasks=task or None,
+        num_fewshot=num_fewshot,
+    )
+    if output is None:
+        print(text)
+        return
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise QBenchError(f"cannot write {output}: {error.strerror}") from error
+    print(output)
+
+
+@app.command()
+def plot(
+    output: Annotated[Path, typer.Option("--output", "-o", help=".png, .svg or .pdf")],
+    kind: Annotated[
+        str | None,
+        typer.Option(help="accuracy-vs-bits, perplexity-vs-bits, accuracy-vs-size, loss-vs-size"),
+    ] = None,
+    metric: Annotated[
+        str, typer.Option(help="acc, acc_norm, acc_token, perplexity or bits_per_byte")
+    ] = "acc",
+    x: Annotated[str, typer.Option(help="wbits or effective_bits")] = "wbits",
+    against: Annotated[
+        str | None, typer.Option(help="A published table; against size only.")
+    ] = None,
+    width: Annotated[float | None, typer.Option(help="Inches.")] = None,
+    checkpoint: Names = [],  # noqa: B006
+    baseline: Names = [],  # noqa: B006
+    scheme: Names = [],  # noqa: B006
+    task: Names = [],  # noqa: B006
+    num_fewshot: Annotated[int | None, typer.Option()] = None,
+    results: Results = DEFAULT_RESULTS,
+) -> None:
+    """Draw accuracy or perplexity against bits, or accuracy or loss against model size.
+
+    Against size, full-precision and trained rows are there, and quantized ones where --baseline or
+    --scheme names them.
+    """
+    from qbench.plots.plot import plot as draw
+    from qbench.study.imports import uncollected
+    from qbench.study.store import Store
+
+    with uncollected():  # pandas and matplotlib are imported in there
+        path = draw(
+            Store(results),
+            kind,
+            output=output,
+            x=x,
+            metric=metric,
+            against=against,
+            width_in=width,
+            checkpoints=checkpoint or None,
+            baselines=baseline or None,
+            schemes=scheme or None,
+            tasks=task or None,
+            num_fewshot=num_fewshot,
+        )
+    print(path)

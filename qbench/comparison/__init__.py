@@ -1,0 +1,1 @@
+"""What is stored, as rows and points to compare: entries, published tables, panels, sizes."""

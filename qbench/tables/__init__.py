@@ -1,0 +1,1 @@
+"""Tables: columns, layouts of the papers, formats."""
