@@ -158,7 +158,7 @@ def test_each_checkpoint_has_its_panel_and_a_trained_model_joins_the_nearest_in_
     axes = draw(stored_entries(store)).axes
     assert [a.get_title() for a in axes] == ["small", "medium", "large"]
     # 3B is 2.2 times from 6.7B and 2.3 times from 1.3B
-    assert [("*", "full") in markers(a) for a in axes] == [False, False, True]
+    assert [("(4, 1, 0)", "full") in markers(a) for a in axes] == [False, False, True]
     assert {a.get_xlim() for a in axes} == {axes[0].get_xlim()}
 
 

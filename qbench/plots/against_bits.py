@@ -17,14 +17,14 @@ from qbench.comparison.entries import Entry
 from qbench.comparison.panels import Panel, Point, accuracy_panels, caption, perplexity_panels
 from qbench.errors import QBenchError
 from qbench.plots.style import (
-    COLOURS,
     GREY,
-    MARKERS,
-    TRAINED,
     empty_figure,
     legend_below,
     mark,
+    method_looks,
     our_style,
+    panel_height,
+    trained_look,
 )
 
 if TYPE_CHECKING:
@@ -65,7 +65,8 @@ def draw_against_bits(
             row[0].set_ylabel(f"mean {metric} (%)" if accuracy else "perplexity (log scale)")
         _align_x(drawn, panels, x)
         lines = _legend(figure, panels, styles, about, accuracy, width)
-        figure.set_size_inches(width, 2.9 * len(grid) + 0.17 * lines + 0.3)
+        height = panel_height(width, len(grid[0]))
+        figure.set_size_inches(width, height * len(grid) + 0.17 * lines + 0.3)
     return figure
 
 
@@ -112,7 +113,7 @@ def _name_stars(axes: Axes, panel: Panel, places: dict[int, float], scale: int) 
             ha="right",
             va="center",
             fontsize=7,
-            color=TRAINED,
+            color=trained_look(point.wbits)["color"],
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
         )
 
@@ -186,20 +187,13 @@ def _places(points: Sequence[Point], styles: dict[str, dict[str, Any]], x: str) 
 
 
 def _styles(panels: Sequence[Panel]) -> dict[str, dict[str, Any]]:
-    """Colour and shape of each method: the same in every panel, no two alike for 42 methods."""
-    names = sorted({p.series for panel in panels for p in panel.points if p.role == "ptq"})
-    return {
-        name: {
-            "color": COLOURS[index % len(COLOURS)],
-            "marker": MARKERS[index % len(MARKERS)],
-        }
-        for index, name in enumerate(names)
-    }
+    """Colour and shape of each method: the same in every panel."""
+    return method_looks(p.series for panel in panels for p in panel.points if p.role == "ptq")
 
 
 def _look(point: Point, styles: dict[str, dict[str, Any]]) -> dict[str, Any]:
     if point.role == "trained":
-        return {"color": TRAINED, "marker": "*", "markersize": 12}
+        return trained_look(point.wbits) | {"markersize": 12}
     if point.role == "full precision":
         return {"color": "black", "marker": "o", "markersize": 5}
     look = styles[point.series] | _filled(point.abits, styles[point.series]["color"])
@@ -236,10 +230,11 @@ def _legend(
         for bits in sorted({point.abits for point in ptq}, reverse=True):
             look = {"color": GREY, "marker": "o"} | _filled(bits, GREY)
             entries.append((f"{bits}-bit activations", look))
-    stars = sorted({point.name for point in points if point.role == "trained"})
-    if stars:
-        name = f"trained: {stars[0]}" if len(stars) == 1 else "trained at this width"
-        entries.append((name, {"color": TRAINED, "marker": "*", "markersize": 11}))
+    stars = {(point.wbits, point.name) for point in points if point.role == "trained"}
+    for wbits in sorted({wbits for wbits, _ in stars}):
+        same = [name for own, name in stars if own == wbits]
+        name = same[0] if len(same) == 1 else f"{wbits:g} bits"
+        entries.append((f"trained: {name}", trained_look(wbits) | {"markersize": 11}))
     if any(point.role == "full precision" for point in points):
         look = {"color": "black", "marker": "o", "markersize": 5, "linestyle": ":"}
         entries.append(("full precision", look))

@@ -27,13 +27,15 @@ from qbench.comparison.sizes import (
 )
 from qbench.plots.style import (
     COLOURS,
+    FULL,
     GREY,
     MARKERS,
-    TRAINED,
     empty_figure,
     legend_below,
     mark,
     our_style,
+    panel_height,
+    trained_look,
 )
 
 if TYPE_CHECKING:
@@ -41,9 +43,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _X_LABEL = "N: all parameters of the checkpoint"
-_TRAINED_LOOKS = ((TRAINED, "*", 10.0), ("#CC79A7", "P", 7.0), ("#882255", "X", 7.0))
-_PTQ_COLOURS = tuple(colour for colour in COLOURS if colour not in ("#CC79A7", "#000000"))
-_PTQ_MARKERS = tuple(marker for marker in MARKERS if marker not in ("o", "P", "X"))
+_PTQ_MARKERS = tuple(marker for marker in MARKERS if marker != "o")  # that is full precision
 _LABEL_IN = 0.42  # inches that one size on the axis needs
 _LETTERS_PER_IN = 14
 
@@ -81,7 +81,8 @@ def draw_against_size(
             row[0].set_ylabel(f"mean {metric} (%)" if accuracy else _loss_label(panels))
         _align_x(drawn, panels, width / len(grid[0]) - 0.8)
         lines = _legend(figure, panels, looks, about, width)
-        figure.set_size_inches(width, 2.9 * len(grid) + 0.17 * lines + 0.3)
+        height = panel_height(width, len(grid[0]))
+        figure.set_size_inches(width, height * len(grid) + 0.17 * lines + 0.3)
     return figure
 
 
@@ -148,23 +149,21 @@ def _align_x(drawn: Sequence[Axes], panels: Sequence[SizePanel], room_in: float)
 
 def _looks(panels: Sequence[SizePanel]) -> dict[str, dict[str, Any]]:
     """Colour and shape of each family: the same in every panel, measured or published."""
-    families: dict[str, str] = {}
+    families: dict[str, Point] = {}
     for panel in panels:
-        families |= {point.series: point.role for point in panel.points}
+        families |= {point.series: point for point in panel.points}
     looks: dict[str, dict[str, Any]] = {}
-    counts = {"trained": 0, "ptq": 0}
-    for name, kind in families.items():
-        if kind == "full precision":
-            looks[name] = {"color": "black", "marker": "o", "markersize": 6.0}
-            continue
-        index = counts[kind]
-        counts[kind] += 1
-        if kind == "trained":
-            colour, marker, size = _TRAINED_LOOKS[index % len(_TRAINED_LOOKS)]
+    quantized = 0
+    for name, point in families.items():
+        if point.role == "full precision":
+            looks[name] = {"color": FULL, "marker": "o", "markersize": 6.0}
+        elif point.role == "trained":
+            looks[name] = trained_look(point.wbits) | {"markersize": 10.0}
         else:
-            colour, size = _PTQ_COLOURS[index % len(_PTQ_COLOURS)], 6.0
-            marker = _PTQ_MARKERS[(index + index // 12) % len(_PTQ_MARKERS)]
-        looks[name] = {"color": colour, "marker": marker, "markersize": size}
+            colour = COLOURS[quantized % len(COLOURS)]
+            marker = _PTQ_MARKERS[quantized % len(_PTQ_MARKERS)]
+            looks[name] = {"color": colour, "marker": marker, "markersize": 6.0}
+            quantized += 1
     return looks
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,21 +21,32 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".svg", ".pdf")
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; shapes differ as well
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
+# Methods have Okabe and Ito's colours, full precision their black, trained models reds. Readers
+# who are colour-blind can tell all of them apart (tested), and shapes differ as well.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+FULL = "#000000"
 TRAINED = "#D55E00"
 GREY = "#555555"
+TRAINED_LOOKS: dict[float, tuple[str, Any]] = {1.0: (TRAINED, "*"), 1.58: ("#990000", (4, 1, 0))}
+"""Trained weight width -> colour and marker, the same in every figure; stars of 5 and 4 points."""
+OTHER_TRAINED: tuple[str, Any] = ("#332288", (6, 1, 0))
+PANEL_IN = 2.3
+"""The narrowest panel that is legible, in inches."""
+SMALLEST_PT = 6.0
+"""No text is smaller, in points, at any width."""
 
 _SETTINGS = {
     "font.size": 9,
     "font.family": "DejaVu Sans",  # comes with matplotlib, so every machine draws the same
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "pdf.fonttype": 42,  # TrueType: publishers refuse Type 3
-    "svg.fonttype": "path",
+    "pdf.fonttype": 42,  # TrueType, embedded: publishers refuse Type 3
+    "ps.fonttype": 42,
+    "svg.fonttype": "path",  # looks the same where the font is not installed
     "svg.hashsalt": "qbench",
 }
+_UNITS_IN = {"in": 1.0, '"': 1.0, "cm": 1 / 2.54, "mm": 1 / 25.4, "pt": 1 / 72.27}  # TeX's point
 _NO_DATE: dict[str, dict[str, Any]] = {
     ".png": {"Software": None},
     ".svg": {"Date": None},
@@ -62,7 +73,7 @@ def empty_figure(
     """
     from matplotlib.figure import Figure
 
-    columns = min(n_panels, 3)
+    columns = min(n_panels, 3, max(1, int(width_in / PANEL_IN)) if width_in else 3)
     rows = math.ceil(n_panels / columns)
     figure = Figure(layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, sharey="row" if share_y else False)
@@ -71,6 +82,44 @@ def empty_figure(
     kept = list(grid.flat[:n_panels])
     by_row = [kept[start : start + columns] for start in range(0, n_panels, columns)]
     return figure, by_row, width_in or (5.2 if columns == 1 else 3.3 * columns)
+
+
+def trained_look(wbits: float) -> dict[str, Any]:
+    """Colour and marker of a model that was trained at a weight width."""
+    colour, marker = TRAINED_LOOKS.get(round(wbits, 2), OTHER_TRAINED)
+    return {"color": colour, "marker": marker}
+
+
+def method_looks(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Colour and marker of each method, by the order of their names; 35 of them differ."""
+    return {
+        name: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+        for i, name in enumerate(sorted(set(names)))
+    }
+
+
+def panel_height(width_in: float, columns: int) -> float:
+    """Height in inches of a row of so many panels: three quarters of one panel's width."""
+    return min(max(0.75 * width_in / columns, 1.9), 2.9)
+
+
+def inches(text: str) -> float:
+    """A width as a person writes it: ``3.25in``, ``8cm``, ``84mm``, ``234pt``; plain is inches.
+
+    Raises:
+        QBenchError: for anything else, and for widths under 1 or over 40 inches.
+    """
+    number = text.strip().lower().rstrip('abcdefghijklmnopqrstuvwxyz"').strip()
+    unit = text.strip().lower().removeprefix(number).strip() or "in"
+    try:
+        value = float(number) * _UNITS_IN[unit]
+    except (KeyError, ValueError):
+        raise QBenchError(
+            f"cannot read the width {text!r}; write 3.25in, 8cm, 84mm or 234pt"
+        ) from None
+    if not 1 <= value <= 40:
+        raise QBenchError(f"a figure is 1 to 40 inches wide, not {text} ({value:g} in)")
+    return value
 
 
 def check_suffix(output: Path) -> None:

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 COLUMNS = ("step", "tokens", "loss", "eval_loss", "learning_rate", "seconds")
 CURVE_FILE = "loss.csv"
 
-# Okabe and Ito's colours, as in the other figures; a twin keeps its colour everywhere
-_COLOURS = {"fp16": "#000000", "b1": "#D55E00", "b158": "#0072B2"}
+# as in qbench.plots.style: a twin keeps its colour everywhere
+_COLOURS = {"fp16": "#000000", "b1": "#D55E00", "b158": "#990000"}
 _LABELS = {"fp16": "FP16", "b1": "BitNet", "b158": "BitNet b1.58"}
 _OTHER = "#555555"
 _HELD_OUT: dict[str, Any] = {
