@@ -49,11 +49,14 @@ def read_definition(path: Path) -> Mapping[str, Any]:
 
 
 def load_splits(
-    definition: Mapping[str, Any], num_fewshot: int, data_dir: Path | None
+    definition: Mapping[str, Any], num_fewshot: int, data_dir: Path | None, hub: bool = True
 ) -> dict[str, Rows]:
-    """The rows of the splits in use: the one measured on, then the one examples come from."""
+    """The rows of the splits in use: the one measured on, then the one examples come from.
+
+    Without ``hub`` only the data folder is looked at.
+    """
     splits = task_splits(definition, num_fewshot)
-    data = {split: _rows(definition, split, data_dir) for split in splits if split}
+    data = {split: _rows(definition, split, data_dir, hub) for split in splits if split}
     _enough_examples(str(definition["task"]), num_fewshot, splits, data)
     return data
 
@@ -85,7 +88,9 @@ def _enough_examples(
         )
 
 
-def _rows(definition: Mapping[str, Any], split: str, data_dir: Path | None) -> Rows:
+def _rows(
+    definition: Mapping[str, Any], split: str, data_dir: Path | None, online: bool = True
+) -> Rows:
     metadata = definition.get("metadata") or {}
     original = metadata.get("original") or {}
     arguments = definition.get("dataset_kwargs") or {}
@@ -98,7 +103,7 @@ def _rows(definition: Mapping[str, Any], split: str, data_dir: Path | None) -> R
         metadata.get("data", definition["task"]),
         split,
         data_dir,
-        hub,
+        hub if online else None,
         Original(original[split], original["reader"]) if split in original else None,
     )
     most = metadata.get("rows")

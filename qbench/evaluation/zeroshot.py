@@ -220,15 +220,7 @@ def prepare_zeroshot(
     options: EvaluationOptions,
 ) -> ZeroShotTask:
     """Find the definition and the data, build the questions and tokenize them."""
-    manager, name, path = _find(spec.name)
-    definition = read_definition(path)
-    for key in ("task", "dataset_path"):
-        if key not in definition:
-            raise QBenchError(
-                f"{path.name} has no {key}; qbench runs single lm-eval tasks whose data are rows"
-            )
-    data = load_splits(definition, spec.num_fewshot, options.data_dir)
-    task = _build(manager, name, definition, spec.num_fewshot, data)
+    task, name, definition, data = load_task(spec.name, spec.num_fewshot, options.data_dir)
     task.set_fewshot_seed(options.seed)
     max_length = options.max_length or context_length or DEFAULT_LENGTH
     key_fields = {
@@ -245,6 +237,28 @@ def prepare_zeroshot(
     }
     sources = {split: rows.source for split, rows in data.items()}
     return ZeroShotTask(spec, task, tokenizer, max_length, options, key_fields, sources)
+
+
+def load_task(
+    asked: str, num_fewshot: int = 0, data_dir: Path | None = None, hub: bool = True
+) -> tuple[ConfigurableTask, str, Mapping[str, Any], dict[str, Rows]]:
+    """lm-eval's task with its rows, its own name, its definition, and the rows by split.
+
+    Args:
+        asked: a pinned or any other lm-eval task, or a path to a YAML file.
+        num_fewshot: examples before each question.
+        data_dir: looked at first.
+        hub: whether data that are not there may come from the Hub.
+    """
+    manager, name, path = _find(asked)
+    definition = read_definition(path)
+    for key in ("task", "dataset_path"):
+        if key not in definition:
+            raise QBenchError(
+                f"{path.name} has no {key}; qbench runs single lm-eval tasks whose data are rows"
+            )
+    data = load_splits(definition, num_fewshot, data_dir, hub)
+    return _build(manager, name, definition, num_fewshot, data), name, definition, data
 
 
 def _find(name: str) -> tuple[TaskManager, str, Path]:
