@@ -52,6 +52,8 @@ class Point:
     published: bool = False
     fitted: bool = True
     """Whether a curve through its series is fitted on it."""
+    run: str = ""
+    """Its place in the store; "" for what was not measured here."""
 
 
 @dataclass
@@ -212,6 +214,7 @@ def _add(panel: Panel, entry: Entry, number: Measured, x: str, different: set[st
             name=name,
             comparable=not different,
             mixed=entry.mixed,
+            run=facts.get("run") or "",
         )
     )
 
