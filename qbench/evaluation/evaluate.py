@@ -49,6 +49,10 @@ def prepare_task(
     """
     spec = TaskSpec.parse(spec) if isinstance(spec, str) else spec
     options = options or EvaluationOptions()
+    if spec.is_agreement:
+        from qbench.evaluation.agreement import prepare_agreement
+
+        return prepare_agreement(spec, tokenizer, context, options)
     if spec.is_perplexity:
         from qbench.evaluation.perplexity import prepare_perplexity
 
@@ -67,6 +71,7 @@ def evaluate(
     limit: int | None = None,
     progress: Progress | None = None,
     batching: str | None = None,
+    reference: PreTrainedModel | None = None,
     **options: Any,
 ) -> dict[str, TaskResult]:
     """Measure a model in memory.
@@ -81,6 +86,8 @@ def evaluate(
         batching: how rows share a batch, a key of :data:`qbench.evaluation.tasks.BATCHING`; None
             asks what :func:`qbench.quantize_model` left on the model, else shares what rows have
             in common.
+        reference: the same checkpoint in full precision, which ``wikitext2@agreement`` compares
+            with.
         **options: fields of :class:`~qbench.evaluation.tasks.EvaluationOptions`.
 
     Returns:
@@ -98,5 +105,7 @@ def evaluate(
         else:
             spec = task
         prepared = prepare_task(spec, tokenizer, context_length(model.config), chosen)
+        if prepared.needs_reference and reference is not None:
+            prepared = prepared.against(prepared.refer(reference))
         results[str(spec)] = prepared.run(model, progress, batching)
     return results

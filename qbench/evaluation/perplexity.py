@@ -89,7 +89,7 @@ class PerplexityTask(PreparedTask):
         self.key_fields: dict[str, Any] = {
             "task": parts[0].corpus.name if len(parts) == 1 else spec.name,
             "protocol": str(protocol),
-            "definition": hash_json([_definition(part.corpus) for part in parts]),
+            "definition": hash_json([window_definition(part.corpus) for part in parts]),
             "data": hash_json([part.corpus.sha256 for part in parts]),
             "version": VERSION,
             "num_fewshot": 0,
@@ -174,7 +174,7 @@ def prepare_perplexity(
     return PerplexityTask(spec, Protocol(asked.family, seqlen), parts, options)
 
 
-def _definition(corpus: Corpus) -> dict[str, Any]:
+def window_definition(corpus: Corpus) -> dict[str, Any]:
     """What of a corpus' definition changes its windows."""
     fields = asdict(corpus.definition)
     for name in ("summary", "hub", "folder", "calibration_split", "protocol"):
@@ -182,9 +182,10 @@ def _definition(corpus: Corpus) -> dict[str, Any]:
     return fields | {"split": corpus.split}
 
 
-def _gptq(
+def fixed_windows(
     corpus: Corpus, tokenizer: PreTrainedTokenizerBase, seqlen: int, limit: int | None
 ) -> Part:
+    """The windows of the gptq protocol: all of one length, none overlapping another."""
     definition = corpus.definition
     most = min(n for n in (limit, definition.evaluation_windows, 1 << 62) if n is not None)
     if definition.draw_evaluation:
@@ -269,7 +270,7 @@ def _rolled(
 
 
 _BUILDERS: dict[str, Callable[..., Part]] = {
-    "gptq": _gptq,
+    "gptq": fixed_windows,
     "documents": _documents,
     "b158": _packed,
     "lm-eval": _rolled,

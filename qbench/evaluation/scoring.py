@@ -10,10 +10,10 @@ Left out: lm-eval's one-token cache, which hands a row the logits of another one
 from __future__ import annotations
 
 import gc
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +28,8 @@ from qbench.quantization.outcome import batching_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+T = TypeVar("T")
 
 CPU_TOKENS = 512
 """Default budget on a CPU: matrices are large enough to run at full speed, and fit its caches."""
@@ -100,18 +102,51 @@ def score(
     budget = batch_tokens or default_tokens(model)
     run = forward or forward_of(model)
     details: dict[str, Any] = {}
-    alone = scales_per_sequence(model) if policy == "equal length" else nullcontext()
-    with torch.inference_mode(), alone:
-        if policy == "shared":
+    if policy == "shared":
+        with torch.inference_mode():
             sharing = worth_sharing(model, rows, batch_tokens, sharing, run)
-            details["sharing"] = sharing.reason
-            shared = sharing.exact
-            policy, budget = (
-                ("shared", _trees(model, rows, batch_tokens)) if shared else ("padded", budget)
-            )
-        scores, budget, halvings = _score(model, rows, policy, budget, run, progress)
-    details |= {"batching": policy, "batch_tokens": budget, "oom_halvings": halvings}
-    return Scored(scores, details)
+        details["sharing"] = sharing.reason
+        shared = sharing.exact
+        policy, budget = (
+            ("shared", _trees(model, rows, batch_tokens)) if shared else ("padded", budget)
+        )
+    found, how = read_rows(model, rows, _scores_of, policy, budget, progress, run)
+    scores = [found.get(i, Score(0.0, True)) for i in range(len(rows.rows))]
+    return Scored(scores, details | how)
+
+
+def read_rows(
+    model: PreTrainedModel,
+    rows: PackedRows,
+    read: Callable[[Batch, Iterable[torch.Tensor]], dict[int, T]],
+    policy: str,
+    budget: int,
+    progress: Progress | None = None,
+    forward: Forward | None = None,
+) -> tuple[dict[int, T], dict[str, Any]]:
+    """What ``read`` makes of every batch's logits; where memory is lacking, of smaller batches.
+
+    Args:
+        model: in eval mode, on any device.
+        rows: to be run.
+        read: given a batch and its logits in parts, gives something for each of its rows.
+        policy: a key of ``BATCHING``.
+        budget: tokens in a batch.
+        progress: called with tokens done and tokens in all.
+        forward: what runs batches; None is the model's own.
+
+    Returns:
+        Row -> what was read, and ``batching``, ``batch_tokens`` (the last budget) and
+        ``oom_halvings``.
+
+    Raises:
+        RunFailed: when one row alone does not fit into memory.
+    """
+    alone = scales_per_sequence(model) if policy == "equal length" else nullcontext()
+    run = forward or forward_of(model)
+    with torch.inference_mode(), alone:
+        found, budget, halvings = _read(model, rows, read, policy, budget, run, progress)
+    return found, {"batching": policy, "batch_tokens": budget, "oom_halvings": halvings}
 
 
 def worth_sharing(
@@ -148,16 +183,21 @@ def default_tokens(model: PreTrainedModel) -> int:
     )  # a little more or less free memory: the same batches
 
 
-def _score(
+def _scores_of(batch: Batch, parts: Iterable[torch.Tensor]) -> dict[int, Score]:
+    return row_scores(batch, *token_scores(batch, parts))
+
+
+def _read(
     model: PreTrainedModel,
     rows: PackedRows,
+    read: Callable[[Batch, Iterable[torch.Tensor]], dict[int, T]],
     policy: str,
     budget: int,
     run: Forward,
     progress: Progress | None,
-) -> tuple[list[Score], int, int]:
-    """Scores of all rows, the last budget, and how often it was halved."""
-    scores = [Score(0.0, True)] * len(rows.rows)
+) -> tuple[dict[int, T], int, int]:
+    """What was read of all rows, the last budget, and how often it was halved."""
+    known: dict[int, T] = {}
     width = tree_width(model)
     left = rows.batches(policy, budget, width=width)
     total = sum(len(rows.rows[i].tokens) for i in rows.wanted)
@@ -169,9 +209,7 @@ def _score(
         finished = 0
         try:
             for batch, parts in zip(left, run(model, iter(left)), strict=True):
-                found = row_scores(batch, *token_scores(batch, parts))
-                for i, own in found.items():
-                    scores[i] = own
+                known |= read(batch, parts)
                 finished += 1
                 done += sum(len(rows.rows[i].tokens) for i in batch.rows)
                 if progress is not None:
@@ -193,7 +231,7 @@ def _score(
         budget = max(1, min(budget, failed.ids.numel()) // 2)
         unscored = [i for batch in (*left[finished:], *later) for i in batch.rows]
         left, later = rows.batches(policy, budget, unscored, width), []
-    return scores, budget, halvings
+    return known, budget, halvings
 
 
 def token_scores(batch: Batch, parts: Iterable[torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:

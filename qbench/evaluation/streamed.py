@@ -43,6 +43,15 @@ def streamed_logits(
                 yield from logits_of(model, [batch])
 
 
+def streamed_states(model: PreTrainedModel, batches: Iterable[Batch]) -> Iterator[torch.Tensor]:
+    """What leaves the last block of every batch, (sequences, tokens, hidden).
+
+    The blocks of the model must be ones that can be run around (:mod:`qbench.models.bypass`).
+    """
+    for group in _groups(batches, model):
+        yield from _through_all_blocks(model, group)
+
+
 def _through_all_blocks(model: PreTrainedModel, group: list[Batch]) -> list[torch.Tensor]:
     """What leaves the last block, per batch."""
     captured = capture_calls(model, [batch.inputs(model.device, model.dtype) for batch in group])

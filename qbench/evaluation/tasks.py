@@ -41,7 +41,10 @@ PROTOCOLS = {
     "documents": "each document alone from BOS, cut at the window, mean over tokens",
     "b158": "lines or documents with EOS packed behind one BOS, mean over tokens (BitNet b1.58)",
     "lm-eval": "each document rolled through the context; per word and per byte",
+    "agreement": "the first windows of gptq: next-token distributions against FP16 (KL, top-1)",
 }
+AGREEMENT = "agreement"
+"""The protocol that compares with the same checkpoint in full precision."""
 B158 = "b158"
 """The task that is the mean of the C4 and WikiText2 perplexities."""
 DEFAULT_LENGTH = 2048
@@ -117,6 +120,11 @@ class TaskSpec:
         """Whether this is a perplexity rather than a set of questions."""
         return self.name in CORPORA or self.name == B158 or is_text_path(self.name)
 
+    @property
+    def is_agreement(self) -> bool:
+        """Whether this compares a model with the same checkpoint in full precision."""
+        return self.protocol is not None and Protocol.parse(self.protocol).family == AGREEMENT
+
     def __str__(self) -> str:
         """The form that :meth:`parse` reads."""
         return f"{self.name}@{self.protocol}" if self.protocol else self.name
@@ -169,6 +177,8 @@ class PreparedTask(ABC):
     spec: TaskSpec
     key_fields: dict[str, Any]
     """The fields of :class:`qbench.record.TaskKey` except quantization and dtype."""
+    needs_reference: bool = False
+    """Whether it compares with the same checkpoint in full precision (:meth:`against`)."""
 
     @abstractmethod
     def run(
@@ -187,6 +197,14 @@ class PreparedTask(ABC):
                 in the batch need another one than None (:func:`qbench.evaluation.evaluate`).
             sharing: what :meth:`test_sharing` found on the same checkpoint; None tests.
         """
+
+    def refer(self, model: PreTrainedModel) -> Any:
+        """What :meth:`against` takes, from a full-precision model; worked out once for a sweep."""
+        return None
+
+    def against(self, reference: Any) -> PreparedTask:
+        """This task, comparing with what :meth:`refer` gave."""
+        return self
 
     def test_sharing(self, model: PreTrainedModel) -> Sharing | None:
         """Whether rows of this task may share their beginning on a model.
