@@ -141,6 +141,49 @@ class LayerReport(_Model):
     extra: dict[str, Any] = Field(default_factory=dict)
 
 
+class MatrixShape(_Model):
+    """Equal matrices of the decoder blocks."""
+
+    out_features: int
+    in_features: int
+    count: int
+    """How many there are."""
+    active: float
+    """How many of them one token meets: fewer than ``count`` where they are experts."""
+
+
+class Dimensions(_Model):
+    """The shape of a model, as far as memory and arithmetic depend on it."""
+
+    hidden_size: int
+    intermediate_size: int | None
+    """Width inside the MLP; None where the configuration does not say it."""
+    n_blocks: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    vocabulary: int
+    tied_embeddings: bool
+    embedding_parameters: int
+    """Weights of the token embedding."""
+    head_parameters: int
+    """Weights of the output head, 0 where it is the embedding."""
+    matrices: list[MatrixShape]
+    """Matrices of the decoder blocks, quantized or not, by shape."""
+    stored_bytes: int | None = None
+    """Size of the checkpoint's weight files; None for one that has no files."""
+
+    @property
+    def attention_width(self) -> int:
+        """Channels of all query heads together."""
+        return self.n_heads * self.head_dim
+
+    @property
+    def matrix_weights(self) -> int:
+        """Weights of the decoder blocks' matrices, all experts counted."""
+        return sum(m.out_features * m.in_features * m.count for m in self.matrices)
+
+
 class QuantizationRecord(_Model):
     """One quantized model: how it came about."""
 
@@ -155,6 +198,8 @@ class QuantizationRecord(_Model):
     """Whether the low bit width was trained (BitNet) rather than applied afterwards."""
     parameters: int | None = None
     """Number of parameters of the model."""
+    dimensions: Dimensions | None = None
+    """The model's shape; None in records from before it was kept, and where nothing was loaded."""
     effective_bits: float | None = None
     """Mean stored bits per weight over the quantized matrices."""
     layers: list[LayerReport] = Field(default_factory=list)

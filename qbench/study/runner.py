@@ -19,6 +19,7 @@ from qbench.errors import QBenchError, RunFailed
 from qbench.evaluation.corpora import is_text_path
 from qbench.evaluation.tasks import PreparedTask, TaskSpec
 from qbench.models.checkpoints import Checkpoint
+from qbench.models.dimensions import dimensions, stored_bytes
 from qbench.progress import Reporter
 from qbench.quantization.outcome import Quantization, batching_of
 from qbench.quantization.quantize import needs_calibration
@@ -264,6 +265,7 @@ class Workbench:
             result,
             seconds=time.perf_counter() - started,
             peak=peak["bytes"],
+            dimensions=dimensions(model, stored_bytes(self.checkpoint)),
         )
 
     def _record(

@@ -87,6 +87,7 @@ def model_shape(checkpoint: Checkpoint) -> ModelShape:
     import torch
 
     from qbench.models.blocks import find_blocks
+    from qbench.models.dimensions import active_share
 
     model: Any = checkpoint._skeleton()
     model.to(torch.bfloat16)  # the one dtype that grouped products take
@@ -95,7 +96,7 @@ def model_shape(checkpoint: Checkpoint) -> ModelShape:
     blocks = [block for _, block in find_blocks(model)]
     with torch.no_grad():
         readers = _readers(model, blocks)
-    share = _active_share(text)
+    share = active_share(text)
     return ModelShape(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         blocks=tuple(
@@ -168,11 +169,3 @@ def _run(model: Any) -> None:
         ):  # what cannot run without content fails in as many ways as there are models
             continue
         return
-
-
-def _active_share(config: Any) -> float:
-    """Share of a mixture's experts that one token meets."""
-    used = getattr(config, "num_experts_per_tok", None)
-    names = ("num_local_experts", "num_experts", "n_routed_experts")
-    held = next((n for n in (getattr(config, name, None) for name in names) if n), None)
-    return min(1.0, used / held) if used and held else 1.0
