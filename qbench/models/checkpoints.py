@@ -11,31 +11,28 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qbench.errors import QBenchError
-from qbench.models import files
-from qbench.models.bitnet.formats import BitNetFormat, Stored, check_entry, detect, once
+from qbench.models import files, gptq_format
+from qbench.models.acceptance import check_architecture, check_quantization
+from qbench.models.bitnet.formats import BitNetFormat, Stored, detect, once
 from qbench.models.bitnet.report import LoadReport
-from qbench.models.checks import (
-    check_causal,
-    check_device,
-    check_dtype,
-    check_finite,
-    check_tensors,
-    quiet,
-)
+from qbench.models.checks import check_causal, check_device, check_dtype, quiet
 from qbench.models.files import first_line
+from qbench.models.gptq_format import GPTQFormat
+from qbench.models.own_scheme import OwnScheme, trained_at
 from qbench.scheme import Scheme
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-CAUSAL = ("ForCausalLM", "LMHeadModel", "DoubleHeadsModel")
+    from qbench.record import LayerReport
+
 _VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -68,8 +65,11 @@ class Checkpoint:
 
     @cached_property
     def weight_files(self) -> list[Path]:
-        """The files transformers reads."""
-        return files.weight_files(self.folder, self.pickled)
+        """The files transformers reads, or AutoGPTQ's under names of its own."""
+        found = files.weight_files(self.folder, self.pickled)
+        if found or self.pickled or self._gptq_entry is None:
+            return found
+        return gptq_format.weight_files(self.folder)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -77,7 +77,9 @@ class Checkpoint:
         digest = hashlib.sha256(b"latent" if self.latent else b"")
         config = {k: v for k, v in self.config.items() if k not in _VOLATILE}
         digest.update(json.dumps(config, sort_keys=True).encode())
-        for path in [*self.weight_files, *(self.folder / n for n in _TOKENIZER_FILES)]:
+        said = [gptq_format.CONFIG] if self._gptq_entry is not None else []
+        others = (self.folder / name for name in (*said, *_TOKENIZER_FILES))
+        for path in [*self.weight_files, *others]:
             if path.is_file():
                 digest.update(path.name.encode())
                 digest.update(files.sha256(path))
@@ -98,6 +100,8 @@ class Checkpoint:
         if self.bitnet is not None:
             return self.bitnet.parameters(self.tensors)
         tied = self.config.get("tie_word_embeddings") is True
+        if self.gptq is not None:
+            return self.gptq.parameters(self.tensors, tied)
         return sum(math.prod(stored.shape) for stored in once(self.tensors, tied).values())
 
     @cached_property
@@ -118,6 +122,29 @@ class Checkpoint:
         """
         return detect(self.name, self.config, self.tensors)
 
+    @cached_property
+    def _gptq_entry(self) -> dict[str, Any] | None:
+        """What the configuration says of a GPTQ checkpoint."""
+        entry = gptq_format.entry_of(self.config, self.folder)
+        return None if entry is None else dict(entry)
+
+    @cached_property
+    def gptq(self) -> GPTQFormat | None:
+        """How a checkpoint in the GPTQ format stores its weights; None for another kind.
+
+        Raises:
+            QBenchError: for a packing that is not read.
+        """
+        return gptq_format.detect(self.name, self._gptq_entry, self.tensors)
+
+    @property
+    def own_scheme(self) -> OwnScheme | None:
+        """The scheme of weights that were trained at low width, or quantized elsewhere."""
+        if self.gptq is not None:
+            return self.gptq.own_scheme
+        trained = self.trained_scheme
+        return None if trained is None else trained_at(trained)
+
     @property
     def trained_scheme(self) -> Scheme | None:
         """The scheme a BitNet checkpoint was trained at; None where weights are full precision."""
@@ -125,7 +152,12 @@ class Checkpoint:
 
     @property
     def why_not_quantized(self) -> str | None:
-        """One sentence why a BitNet checkpoint cannot be quantized afterwards; None if it can."""
+        """One sentence why a checkpoint cannot be quantized afterwards; None if it can."""
+        if self.gptq is not None:
+            return (
+                f"{self.name} is quantized already, {self.own_scheme}; quantize its "
+                "full-precision original"
+            )
         if self.bitnet is None or self.latent:
             return None
         latent = (
@@ -144,8 +176,20 @@ class Checkpoint:
 
     @property
     def load_report(self) -> list[str]:
-        """What was decided about a BitNet checkpoint, a line each; empty for any other."""
+        """What was decided about low-width weights, a line each; empty for any other."""
+        if self.gptq is not None:
+            return self.gptq.lines()
         return [] if self.bitnet is None else LoadReport.of(self.bitnet, self.latent).lines()
+
+    def layer_reports(self, model: nn.Module) -> list[LayerReport]:
+        """What a record says of the matrices of weights that bring their own scheme."""
+        from qbench.models.bitnet import trained
+        from qbench.models.gptq_loading import layer_reports
+
+        if self.gptq is not None:
+            return layer_reports(self, model)
+        own = self.own_scheme
+        return [] if own is None else trained.layer_reports(model, own.scheme)
 
     @cached_property
     def row_lengths(self) -> dict[str, int]:
@@ -195,11 +239,14 @@ class Checkpoint:
             register()
         try:
             with quiet():
-                return AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
+                config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
         except Exception as error:  # transformers raises many kinds for a configuration it rejects
             raise QBenchError(
                 f"transformers cannot read the config.json of {self.name} ({first_line(error)})"
             ) from error
+        if self.gptq is not None:  # its weights are plain once they are loaded
+            config.__dict__.pop("quantization_config", None)
+        return config
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The checkpoint's own tokenizer.
@@ -236,44 +283,17 @@ class Checkpoint:
             QBenchError: for missing or unknown tensors, non-finite weights, an unreadable file, an
                 unknown dtype or device.
         """
-        import pickle
-
-        import torch
-        from transformers import AutoModelForCausalLM
+        from qbench.models import loading
 
         check_dtype(dtype)
         check_device(device)
-        if self.bitnet is not None:
-            from qbench.models.bitnet.loading import load
+        if self.bitnet is None:
+            return loading.load(self, dtype, device)
+        from qbench.models.bitnet.loading import load
 
-            bitnet = load(self, "latent" if self.latent else "frozen", dtype, device)
-            check_causal(self.name, bitnet)
-            return bitnet
-        try:
-            with quiet():
-                loaded: Any = AutoModelForCausalLM.from_pretrained(
-                    self.folder,
-                    dtype=getattr(torch, dtype),
-                    use_safetensors=not self.pickled,
-                    output_loading_info=True,
-                    ignore_mismatched_sizes=True,  # reported below, in one line
-                    trust_remote_code=False,
-                )
-        except pickle.UnpicklingError as error:
-            raise QBenchError(
-                f"the .bin files of {self.name} hold more than tensors, which could run code when "
-                "opened; convert them to safetensors where you trust them"
-            ) from error
-        except Exception as error:  # a corrupt file surfaces as many kinds
-            raise QBenchError(f"cannot load {self.name}: {first_line(error)}") from error
-        model, info = loaded
-        kinds = ("missing_keys", "mismatched_keys", "unexpected_keys")
-        check_tensors(self.name, *(_names(info.get(kind) or ()) for kind in kinds))
-        for name, parameter in model.named_parameters():
-            check_finite(self.name, name, parameter)
-        model = model.to(torch.device(device)).eval().requires_grad_(False)
-        check_causal(self.name, model)
-        return model
+        bitnet = load(self, "latent" if self.latent else "frozen", dtype, device)
+        check_causal(self.name, bitnet)
+        return bitnet
 
 
 def find_checkpoint(name: str, *, allow_pickle: bool = False, latent: bool = False) -> Checkpoint:
@@ -299,12 +319,12 @@ def find_checkpoint(name: str, *, allow_pickle: bool = False, latent: bool = Fal
     checkpoint = Checkpoint(folder.resolve().name if local else name, folder)
     if not (folder / "config.json").is_file():
         raise QBenchError(f"{folder} is no checkpoint: it has no config.json")
-    _check_architecture(checkpoint)
+    check_architecture(checkpoint)
     if not checkpoint.weight_files:
         checkpoint = _pickled(checkpoint, allow_pickle)
     files.check_present(checkpoint.weight_files)
     _ = checkpoint.tensors  # refuses damaged safetensors before anything takes time
-    _check_quantization(checkpoint)
+    check_quantization(checkpoint)
     return _latent(checkpoint) if latent else checkpoint
 
 
@@ -351,43 +371,3 @@ def _pickled(checkpoint: Checkpoint, allow_pickle: bool) -> Checkpoint:
             "read tensors alone"
         )
     return pickled
-
-
-def _names(keys: Iterable[Any]) -> list[str]:
-    """Names of tensors in transformers' loading report; with a mismatch come its shapes."""
-    return [key if isinstance(key, str) else str(key[0]) for key in keys]
-
-
-def _check_architecture(checkpoint: Checkpoint) -> None:
-    config = checkpoint.config
-    names = config.get("architectures") or []
-    check_entry(checkpoint.name, "architectures", names, list, "a list of class names")
-    if names and not any(str(n).endswith(CAUSAL) for n in names):
-        raise QBenchError(
-            f"{checkpoint.name} is a {names[0]}, not a causal language model; qbench measures "
-            "next-token prediction"
-        )
-
-
-def _check_quantization(checkpoint: Checkpoint) -> None:
-    """Refuse what is quantized already, but for BitNet checkpoints, which were trained so.
-
-    Also a model class of a checkpoint's own code: transformers would run it as another model.
-    """
-    own = (checkpoint.config.get("auto_map") or {}).get("AutoModelForCausalLM")
-    if own and checkpoint.bitnet is None:
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-        name = str(own).rpartition(".")[2]
-        if name.lower() not in map(str.lower, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
-            raise QBenchError(
-                f"{checkpoint.name} is a {name} of its own code, which is not run; as a plain "
-                f"{checkpoint.config.get('model_type')} it would be another model"
-            )
-    quantized = checkpoint.config.get("quantization_config") or {}
-    if quantized and checkpoint.bitnet is None:
-        raise QBenchError(
-            f"{checkpoint.name} is quantized already "
-            f"(quant_method={quantized.get('quant_method', 'unknown')}); give its full-precision "
-            "original"
-        )
