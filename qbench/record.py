@@ -196,6 +196,8 @@ class QuantizationRecord(_Model):
     """What went wrong, or the sentence why the method cannot do this scheme."""
     trained: bool = False
     """Whether the low bit width was trained (BitNet) rather than applied afterwards."""
+    quantized_elsewhere: bool = False
+    """Whether the checkpoint was quantized when it came (a GPTQ checkpoint)."""
     parameters: int | None = None
     """Number of parameters of the model."""
     dimensions: Dimensions | None = None

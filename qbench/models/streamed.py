@@ -75,6 +75,8 @@ def why_not_streamed(checkpoint: Checkpoint) -> str | None:
         return f"{checkpoint.name} has pickled weights, which cannot be read block by block"
     if checkpoint.bitnet is not None:
         return f"{checkpoint.name} is a BitNet checkpoint, which loads whole"
+    if checkpoint.gptq is not None:
+        return f"{checkpoint.name} is a GPTQ checkpoint, which loads whole"
     return None
 
 

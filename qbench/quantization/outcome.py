@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from qbench.errors import QBenchError
 from qbench.models.bitnet.trained import check_not_trained
 from qbench.models.blocks import Block
+from qbench.models.gptq_loading import check_not_stored
 from qbench.models.linear import Handle
 from qbench.record import LayerReport
 from qbench.scheme import Scheme
@@ -87,6 +88,7 @@ def check_arguments(model: nn.Module, calibration: Tensor | None) -> None:
         QBenchError: naming what was given.
     """
     check_not_trained(model)
+    check_not_stored(model)
     if model.training:
         raise QBenchError("the model is in training mode, where dropout is random; call .eval()")
     before = quantized_scheme(model)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from qbench.baseline import resolve_scheme, why_not
 from qbench.evaluation.tasks import EvaluationOptions, TaskSpec
+from qbench.models.own_scheme import OwnScheme
 from qbench.record import CalibrationSpec, QuantizationKey
 from qbench.registry import LoadedBaseline
 from qbench.scheme import Scheme
@@ -28,12 +29,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Cell:
-    """A baseline at a resolved scheme, or a model as it was trained."""
+    """A baseline at a resolved scheme, or a model at the scheme it brings with it."""
 
     baseline: LoadedBaseline
     scheme: Scheme
-    trained: bool = False
-    """The checkpoint was trained at the scheme, and nothing is quantized afterwards."""
+    own: OwnScheme | None = None
+    """The checkpoint's own scheme, which is this one: nothing is quantized afterwards."""
 
     @classmethod
     def of(cls, baseline: LoadedBaseline, scheme: Scheme) -> Cell:
@@ -41,17 +42,22 @@ class Cell:
         return cls(baseline, resolve_scheme(scheme, baseline.instance))
 
     @property
+    def trained(self) -> bool:
+        """Whether the checkpoint was trained at the scheme."""
+        return self.own is not None and self.own.trained
+
+    @property
     def not_applicable(self) -> str | None:
         """One sentence why this cell cannot be, or None."""
-        return None if self.trained else why_not(self.baseline.instance, self.scheme)
+        return None if self.own else why_not(self.baseline.instance, self.scheme)
 
     @property
     def changes_nothing(self) -> bool:
         """Whether the model is measured as its checkpoint holds it."""
-        return self.trained or self.scheme.is_identity
+        return self.own is not None or self.scheme.is_identity
 
     def __str__(self) -> str:
-        return f"{'trained' if self.trained else self.baseline.spec.name} {self.scheme}"
+        return str(self.own or f"{self.baseline.spec.name} {self.scheme}")
 
 
 @dataclass

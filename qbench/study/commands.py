@@ -84,7 +84,7 @@ def run(chosen: Run, settings: Settings, results: Path) -> int:
         reporter.line("a stored failure is repeated with --retry-failed")
     if chosen.save is not None:
         reporter.line(f"saved to {chosen.save}")
-        if cell.scheme.quantizes_activations and not cell.trained:
+        if cell.scheme.quantizes_activations and not cell.own:
             reporter.line("note: a checkpoint holds weights; activation quantizers are not in it")
     return 1 if failures else 0
 
@@ -155,7 +155,8 @@ def run_sweep(
     reporter.line(f"{len(benches)} checkpoints, {len(cells)} cells · looking up what is stored")
     for bench in benches:
         if bench.checkpoint.why_not_quantized:
-            reporter.line(f"only as it was trained: {bench.checkpoint.why_not_quantized}")
+            how = "was trained" if bench.checkpoint.trained_scheme else "is stored"
+            reporter.line(f"only as it {how}: {bench.checkpoint.why_not_quantized}")
     pairs = [(bench, cell) for bench in benches for cell in bench.cells(cells)]
     if dry_run:
         return _print_plan(pairs)
@@ -221,10 +222,11 @@ def describe(record: QuantizationRecord | TaskRecord) -> str:
             return f"weights left at 16 bits{seconds}"
         fallback = f", {record.fallbacks} layers rounded to nearest" if record.fallbacks else ""
         bits = f"{record.effective_bits:.2f} bits per weight" if record.effective_bits else ""
-        if record.trained:
+        if record.trained or record.quantized_elsewhere:
+            how = "as trained" if record.trained else "as stored"
             kept = sum(Scheme.parse(layer.scheme).is_identity for layer in record.layers)
             left = f", {kept} kept at 16 bits" if kept else ""
-            return f"{len(record.layers) - kept} matrices as trained{left}, {bits}{seconds}"
+            return f"{len(record.layers) - kept} matrices {how}{left}, {bits}{seconds}"
         return f"quantized {len(record.layers)} matrices, {bits}{fallback}{seconds}"
     key = record.key
     shots = f", {key.num_fewshot}-shot" if key.num_fewshot else ""

@@ -84,8 +84,9 @@ def _checkpoints(results: Path) -> Iterator[str]:
     found = {}
     for name in bundled_checkpoints():
         checkpoint = find_checkpoint(f"{BUNDLED}{name}")
-        trained = checkpoint.trained_scheme
-        kind = f"trained at {trained.label}" if trained else "full precision"
+        own = checkpoint.own_scheme
+        how = "trained" if own and own.trained else "quantized"
+        kind = f"{how} at {own.scheme.label}" if own else "full precision"
         found[f"{BUNDLED}{name}"] = f"{checkpoint.parameters / 1e6:.2f} M parameters, {kind}"
     seen: dict[str, set[str]] = {}
     for run in Store(results).runs():

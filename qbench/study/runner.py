@@ -72,17 +72,17 @@ class Workbench:
         return supply_of(self.checkpoint, self.settings)
 
     def cell(self, asked: Cell) -> Cell:
-        """What a cell is on this checkpoint: a BitNet left alone is at the scheme of its training.
+        """What a cell is on this checkpoint: one left alone is at the scheme it brings with it.
 
-        Its scheme is its own, so that its rows stand at W1.58A8 and not at W16A16.
+        So rows of a BitNet stand at W1.58A8 and not at W16A16.
         """
-        own = self.checkpoint.trained_scheme
+        own = self.checkpoint.own_scheme
         left_alone = own is not None and asked.scheme.is_identity
-        return Cell(asked.baseline, own, trained=True) if own and left_alone else asked
+        return Cell(asked.baseline, own.scheme, own) if own and left_alone else asked
 
     def cells(self, asked: Sequence[Cell]) -> list[Cell]:
-        """The cells of a sweep on this checkpoint; on a BitNet, that of its training alone."""
-        if self.checkpoint.trained_scheme is None:
+        """The cells of a sweep on this checkpoint; its own scheme alone, where it brings one."""
+        if self.checkpoint.own_scheme is None:
             return list(asked)
         return [self.cell(Cell(load_baseline("none"), Scheme()))]
 
@@ -129,8 +129,8 @@ class Workbench:
 
     def why_not(self, cell: Cell) -> str | None:
         """One sentence why this checkpoint cannot be quantized so, or None."""
-        if self.checkpoint.trained_scheme is not None and not cell.trained:
-            return self.checkpoint.why_not_quantized
+        if self.checkpoint.own_scheme is not None:
+            return None if cell.own else self.checkpoint.why_not_quantized
         if cell.not_applicable or not (cell.scheme.has_groups or cell.scheme.overrides):
             return cell.not_applicable
         from qbench.grid import check_group_size
@@ -155,12 +155,18 @@ class Workbench:
         reads_data = reads_data and not self.why_not(cell)
         return QuantizationKey(
             weights=self.checkpoint.fingerprint,
-            baseline=BaselineSpec(name="none") if untouched else cell.baseline.spec,
+            baseline=self._method(cell),
             scheme=str(cell.scheme),
             calibration=self.calibration[1] if reads_data else None,
             seed=self.settings.seed if instance.is_random and not untouched else 0,
             dtype=self.settings.dtype,
         )
+
+    def _method(self, cell: Cell) -> BaselineSpec:
+        """What a cell's results are stored under."""
+        if cell.own is not None:
+            return cell.own.method
+        return BaselineSpec(name="none") if cell.changes_nothing else cell.baseline.spec
 
     def task_key(self, key: QuantizationKey, spec: TaskSpec) -> TaskKey:
         """What names one measurement."""
@@ -210,7 +216,7 @@ class Workbench:
         if plan.not_applicable:
             record = self._record(plan, status="not_applicable", error=plan.not_applicable)
             known = self.store.find_quantization(self.checkpoint.name, plan.key)
-            if known is None and self.checkpoint.trained_scheme is None:  # a BitNet has one row
+            if known is None and self.checkpoint.own_scheme is None:  # others have one row
                 self.store.save_quantization(record)
             yield record
             return
@@ -284,6 +290,7 @@ class Workbench:
             key=plan.key,
             checkpoint=self.checkpoint.name,
             trained=plan.cell.trained,
+            quantized_elsewhere=plan.cell.own is not None and not plan.cell.trained,
             parameters=self.checkpoint.parameters or None,
             effective_bits=result.effective_bits if result else None,
             layers=layers,

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from qbench.errors import QBenchError
-from qbench.models.bitnet.trained import layer_reports
 from qbench.models.checkpoints import Checkpoint
 from qbench.process import give_memory_back
 from qbench.quantization.outcome import Quantization
@@ -157,7 +156,7 @@ class InMemory(Supply):
     ) -> tuple[PreTrainedModel, Quantization]:
         """The pristine model, the last cell's with other activations, or a fresh copy."""
         if cell.changes_nothing:
-            layers = layer_reports(self.model, cell.scheme) if cell.trained else []
+            layers = self.checkpoint.layer_reports(self.model) if cell.own else []
             return self.model, Quantization(cell.scheme, layers)
         known = shared_with(self._last, cell, windows is not None)
         if known is not None:
