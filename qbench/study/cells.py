@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from qbench.baseline import resolve_scheme, why_not
 from qbench.evaluation.tasks import EvaluationOptions, TaskSpec
 from qbench.models.own_scheme import OwnScheme
-from qbench.record import CalibrationSpec, QuantizationKey
+from qbench.record import BaselineSpec, CalibrationSpec, QuantizationKey
 from qbench.registry import LoadedBaseline
 from qbench.scheme import Scheme
 
@@ -55,6 +55,13 @@ class Cell:
     def changes_nothing(self) -> bool:
         """Whether the model is measured as its checkpoint holds it."""
         return self.own is not None or self.scheme.is_identity
+
+    @property
+    def method(self) -> BaselineSpec:
+        """What its results are stored under."""
+        if self.own is not None:
+            return self.own.method
+        return BaselineSpec(name="none") if self.changes_nothing else self.baseline.spec
 
     def __str__(self) -> str:
         return str(self.own or f"{self.baseline.spec.name} {self.scheme}")

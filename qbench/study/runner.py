@@ -24,7 +24,6 @@ from qbench.progress import Reporter
 from qbench.quantization.outcome import Quantization, batching_of
 from qbench.quantization.quantize import needs_calibration
 from qbench.record import (
-    BaselineSpec,
     CalibrationSpec,
     LayerReport,
     QuantizationKey,
@@ -155,18 +154,12 @@ class Workbench:
         reads_data = reads_data and not self.why_not(cell)
         return QuantizationKey(
             weights=self.checkpoint.fingerprint,
-            baseline=self._method(cell),
+            baseline=cell.method,
             scheme=str(cell.scheme),
             calibration=self.calibration[1] if reads_data else None,
             seed=self.settings.seed if instance.is_random and not untouched else 0,
             dtype=self.settings.dtype,
         )
-
-    def _method(self, cell: Cell) -> BaselineSpec:
-        """What a cell's results are stored under."""
-        if cell.own is not None:
-            return cell.own.method
-        return BaselineSpec(name="none") if cell.changes_nothing else cell.baseline.spec
 
     def task_key(self, key: QuantizationKey, spec: TaskSpec) -> TaskKey:
         """What names one measurement."""
