@@ -55,6 +55,7 @@ TORCH_FREE = """
     qbench.plots.plot
     qbench.comparison.scaling qbench.comparison.sizes qbench.tables.size_table qbench.plots.style
     qbench.plots.against_bits qbench.plots.against_size
+    qbench.comparison.layer_errors qbench.plots.wanted qbench.plots.heatmap qbench.plots.profile
     qbench.study.listing qbench.study.environment qbench.study.doctor
 """.split()
 

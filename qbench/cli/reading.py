@@ -78,16 +78,25 @@ def plot(
     output: Annotated[Path, typer.Option("--output", "-o", help=".png, .svg or .pdf")],
     kind: Annotated[
         str | None,
-        typer.Option(help="accuracy-vs-bits, perplexity-vs-bits, accuracy-vs-size, loss-vs-size"),
+        typer.Option(
+            help="accuracy-vs-bits, perplexity-vs-bits, accuracy-vs-size, loss-vs-size, heatmap, "
+            "layer-errors"
+        ),
     ] = None,
     metric: Annotated[
-        str, typer.Option(help="acc, acc_norm, acc_token, perplexity or bits_per_byte")
+        str,
+        typer.Option(
+            help="acc, acc_norm, acc_token, perplexity or bits_per_byte; of layer-errors, "
+            "relative_error or proxy_loss"
+        ),
     ] = "acc",
     x: Annotated[str, typer.Option(help="wbits or effective_bits")] = "wbits",
     against: Annotated[
         str | None, typer.Option(help="A published table; against size only.")
     ] = None,
-    width: Annotated[float | None, typer.Option(help="Inches.")] = None,
+    width: Annotated[
+        str | None, typer.Option(help="3.25in (a column of a page), 8cm, 234pt.")
+    ] = None,
     checkpoint: Names = [],  # noqa: B006
     baseline: Names = [],  # noqa: B006
     scheme: Names = [],  # noqa: B006
@@ -95,12 +104,13 @@ def plot(
     num_fewshot: Annotated[int | None, typer.Option()] = None,
     results: Results = DEFAULT_RESULTS,
 ) -> None:
-    """Draw accuracy or perplexity against bits, or accuracy or loss against model size.
+    """Draw what is stored: against bits, against model size, or one of the papers' own figures.
 
     Against size, full-precision and trained rows are there, and quantized ones where --baseline or
     --scheme names them.
     """
     from qbench.plots.plot import plot as draw
+    from qbench.plots.style import inches
     from qbench.study.imports import uncollected
     from qbench.study.store import Store
 
@@ -112,7 +122,7 @@ def plot(
             x=x,
             metric=metric,
             against=against,
-            width_in=width,
+            width_in=None if width is None else inches(width),
             checkpoints=checkpoint or None,
             baselines=baseline or None,
             schemes=scheme or None,

@@ -1,7 +1,7 @@
-"""Figures of everything in a store, in one call: against bits, or against model size.
+"""Figures of everything in a store, in one call: against bits, against model size, the papers' own.
 
 Left out on purpose: choosing colours and sizes; take the Figure that :func:`draw` returns. What a
-figure looks like stands in :mod:`qbench.plots.against_bits` and :mod:`qbench.plots.against_size`.
+figure looks like stands in a module of its own, and only that of the wanted kind is loaded.
 """
 
 from __future__ import annotations
@@ -15,17 +15,21 @@ from qbench.comparison.entries import Entry
 from qbench.comparison.panels import X_AXES
 from qbench.comparison.sizes import LOSSES
 from qbench.errors import QBenchError, unknown
-from qbench.plots.against_bits import draw_against_bits
-from qbench.plots.against_size import draw_against_size
 from qbench.plots.style import check_suffix, save
+from qbench.plots.wanted import Wanted
 from qbench.study.store import Store
 from qbench.tables.table import METRICS, asked_for, stored_entries
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-KINDS = ("accuracy-vs-bits", "perplexity-vs-bits", "accuracy-vs-size", "loss-vs-size")
-BY_SIZE = KINDS[2:]
+KINDS = (
+    *("accuracy-vs-bits", "perplexity-vs-bits", "accuracy-vs-size", "loss-vs-size"),
+    *("heatmap", "layer-errors"),
+)
+BY_SIZE = KINDS[2:4]
+OF_THEIR_OWN = KINDS[4:]
+"""Kinds that read the store themselves."""
 
 
 def plot(
@@ -47,8 +51,7 @@ def plot(
 
     Args:
         store: where the results are.
-        kind: ``accuracy-vs-bits``, ``perplexity-vs-bits``, ``accuracy-vs-size`` or
-            ``loss-vs-size``; None takes the first one that shows the metric.
+        kind: one of ``KINDS``; None takes the first one that shows the metric.
         output: a .png, .svg or .pdf file; its folder is made if need be.
         x: ``wbits`` or ``effective_bits``; not for the kinds against size.
         metric: ``acc``, ``acc_norm`` or ``acc_token``; ``perplexity`` takes the kind against bits
@@ -69,6 +72,13 @@ def plot(
     """
     output = Path(output)
     check_suffix(output)
+    if kind in OF_THEIR_OWN:
+        wanted = Wanted(
+            store, kind, metric, against, width_in, checkpoints, baselines, schemes, tasks,
+            num_fewshot,
+        )  # fmt: skip
+        save(_draw_its_own(wanted, x), output)
+        return output
     kind, metric = _kind_and_metric(kind, metric)
     rows = {"checkpoints": checkpoints, "tasks": tasks}
     quantized = {"baselines": baselines, "schemes": schemes}
@@ -113,6 +123,8 @@ def draw(
     if x not in X_AXES:
         raise unknown("x axis", x, X_AXES)
     if kind not in BY_SIZE:
+        from qbench.plots.against_bits import draw_against_bits
+
         if against is not None:
             raise QBenchError(
                 f"{kind} has no published points; --against is for {' and '.join(BY_SIZE)}"
@@ -120,15 +132,30 @@ def draw(
         return draw_against_bits(entries, kind == "accuracy-vs-bits", x, metric, width_in)
     if x != X_AXES[0]:
         raise QBenchError(f"{kind} has sizes on its axis, not {x}; leave --x out")
+    from qbench.plots.against_size import draw_against_size
+
     published = [] if against is None else reference.entries(against, [])
     return draw_against_size(
         [*entries, *published], kind == "accuracy-vs-size", metric, width_in, asked
     )
 
 
+def _draw_its_own(wanted: Wanted, x: str) -> Figure:
+    """A figure of a kind that reads the store itself."""
+    if x != X_AXES[0]:
+        raise QBenchError(f"{wanted.kind} has its own axes; leave --x out")
+    if wanted.kind == "heatmap":
+        from qbench.plots.heatmap import draw_heatmap
+
+        return draw_heatmap(wanted)
+    from qbench.plots.profile import draw_layer_errors
+
+    return draw_layer_errors(wanted)
+
+
 def _kind_and_metric(kind: str | None, metric: str) -> tuple[str, str]:
     """The kind that shows a metric, and the metric as that kind takes it."""
-    accuracy, perplexity, _, loss_by_size = KINDS
+    accuracy, perplexity, _, loss_by_size = KINDS[:4]
     if metric not in (*METRICS, *LOSSES):
         raise unknown("metric", metric, (*METRICS, *LOSSES))
     if kind is None:

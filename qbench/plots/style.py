@@ -31,6 +31,8 @@ GREY = "#555555"
 TRAINED_LOOKS: dict[float, tuple[str, Any]] = {1.0: (TRAINED, "*"), 1.58: ("#990000", (4, 1, 0))}
 """Trained weight width -> colour and marker, the same in every figure; stars of 5 and 4 points."""
 OTHER_TRAINED: tuple[str, Any] = ("#332288", (6, 1, 0))
+NARROW_IN = 5.0
+"""Under this width a figure stands in one column of a page."""
 PANEL_IN = 2.3
 """The narrowest panel that is legible, in inches."""
 SMALLEST_PT = 6.0
@@ -46,6 +48,14 @@ _SETTINGS = {
     "svg.fonttype": "path",  # looks the same where the font is not installed
     "svg.hashsalt": "qbench",
 }
+_NARROW: dict[str, Any] = {
+    "font.size": 7.5,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "xtick.major.size": 2.5,
+    "ytick.major.size": 2.5,
+    "axes.linewidth": 0.6,
+}
 _UNITS_IN = {"in": 1.0, '"': 1.0, "cm": 1 / 2.54, "mm": 1 / 25.4, "pt": 1 / 72.27}  # TeX's point
 _NO_DATE: dict[str, dict[str, Any]] = {
     ".png": {"Software": None},
@@ -55,11 +65,15 @@ _NO_DATE: dict[str, dict[str, Any]] = {
 
 
 @contextmanager
-def our_style() -> Iterator[None]:
-    """Matplotlib's defaults and a few settings of ours, for as long as the context lasts."""
+def our_style(width_in: float | None = None) -> Iterator[None]:
+    """Matplotlib's defaults and a few settings of ours, for as long as the context lasts.
+
+    A figure as narrow as a column of a page has smaller letters, none under ``SMALLEST_PT``.
+    """
     from matplotlib import style
 
-    with style.context(["default", _SETTINGS]):
+    narrow = width_in is not None and width_in < NARROW_IN
+    with style.context(["default", _SETTINGS | (_NARROW if narrow else {})]):
         yield
 
 

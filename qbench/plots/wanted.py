@@ -1,0 +1,53 @@
+"""What a figure was asked to show, and the rows behind it.
+
+Figures that need more than one reading of the store (zero-shot and few-shot panels), or more of it
+than rows (the error of every matrix), take this instead of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qbench.comparison.entries import Entry
+from qbench.study.store import Store
+from qbench.tables.table import METRICS, asked_for, stored_entries
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The arguments of :func:`qbench.plots.plot.plot`, without the file."""
+
+    store: Store
+    kind: str
+    metric: str = "acc"
+    against: str | None = None
+    width_in: float | None = None
+    checkpoints: Sequence[str] | None = None
+    baselines: Sequence[str] | None = None
+    schemes: Sequence[str] | None = None
+    tasks: Sequence[str] | None = None
+    num_fewshot: int | None = None
+
+    def filters(self) -> dict[str, Any]:
+        """What narrows the rows, as :func:`qbench.tables.table.stored_entries` takes it."""
+        names = ("checkpoints", "baselines", "schemes", "tasks", "num_fewshot")
+        return {name: getattr(self, name) for name in names}
+
+    def empty(self) -> bool:
+        """Whether nothing is stored, so that only published numbers can be drawn."""
+        return next(self.store.runs(), None) is None
+
+    def entries(self, **changed: Any) -> list[Entry]:
+        """The rows, all filters applied; ``changed`` replaces some of them.
+
+        Raises:
+            QBenchError: for an empty store, an unknown name or filters that leave nothing.
+        """
+        metric = self.metric if self.metric in METRICS else METRICS[0]
+        return stored_entries(self.store, metric, **(self.filters() | changed))
+
+    def asked(self, **changed: Any) -> frozenset[str]:
+        """The runs that filters on method and scheme name; none without such filters."""
+        return asked_for(self.store, **(self.filters() | changed))
