@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from qbench.baseline import resolve_scheme, why_not
 from qbench.evaluation.tasks import EvaluationOptions, TaskSpec
@@ -13,6 +14,21 @@ from qbench.scheme import Scheme
 
 
 @dataclass(frozen=True)
+class Draw:
+    """What chance decides about a cell: the text it is calibrated on, the numbers it draws."""
+
+    calibration: CalibrationSpec | None
+    """None where the cell reads no data."""
+    seed: int | None
+    """Of the method's own randomness; None where it has none."""
+
+    def __str__(self) -> str:
+        if self.calibration is None:
+            return f"seed {self.seed}"
+        return f"{Path(self.calibration.source).name} seed {self.calibration.seed}"
+
+
+@dataclass(frozen=True)
 class Settings:
     """What holds for every cell of a run or sweep."""
 
@@ -20,11 +36,23 @@ class Settings:
     options: EvaluationOptions = field(default_factory=EvaluationOptions)
     calibration: CalibrationSpec = field(default_factory=CalibrationSpec)
     seed: int = 0
+    draws: tuple[Draw, ...] = ()
+    """What cells that depend on chance are run with, one after the other; none: with the above."""
     dtype: str = "float32"
     device: str = "cpu"
     retry_failed: bool = False
     stream: bool | None = None
     """Keep decoder blocks on disk and bring them in one at a time; None where memory needs it."""
+
+    def calibration_of(self, cell: Cell) -> CalibrationSpec:
+        """The text that a cell is calibrated on, if it is."""
+        own = None if cell.draw is None else cell.draw.calibration
+        return own or self.calibration
+
+    def seed_of(self, cell: Cell) -> int:
+        """The seed of a cell's method, if it draws anything."""
+        own = None if cell.draw is None else cell.draw.seed
+        return self.seed if own is None else own
 
 
 @dataclass(frozen=True)
@@ -35,6 +63,8 @@ class Cell:
     scheme: Scheme
     own: OwnScheme | None = None
     """The checkpoint's own scheme, which is this one: nothing is quantized afterwards."""
+    draw: Draw | None = None
+    """One of several; None where the settings hold."""
 
     @classmethod
     def of(cls, baseline: LoadedBaseline, scheme: Scheme) -> Cell:
@@ -64,7 +94,8 @@ class Cell:
         return BaselineSpec(name="none") if self.changes_nothing else self.baseline.spec
 
     def __str__(self) -> str:
-        return str(self.own or f"{self.baseline.spec.name} {self.scheme}")
+        what = str(self.own or f"{self.baseline.spec.name} {self.scheme}")
+        return what if self.draw is None else f"{what} · {self.draw}"
 
 
 @dataclass
@@ -80,8 +111,14 @@ class CellPlan:
     """How many stored measurements are failures that will not be repeated."""
     stored: list[TaskSpec] = field(default_factory=list)
     pending: list[TaskSpec] = field(default_factory=list)
+    left_out: dict[TaskSpec, str] = field(default_factory=dict)
+    """Tasks that cannot be measured on this model -> one sentence why."""
     quantized: bool = False
     """Whether a record of the quantization itself is stored."""
+
+    def left_out_lines(self) -> list[str]:
+        """A line for every task that cannot be measured on this model."""
+        return [f"{spec}: not applicable: {reason}" for spec, reason in self.left_out.items()]
 
     @property
     def is_done(self) -> bool:

@@ -69,6 +69,8 @@ def run(chosen: Run, settings: Settings, results: Path) -> int:
     reporter.line(f"{checkpoint.name} · {cell}")
     _report_loading(bench, reporter)
     plan = bench.plan(cell)
+    for line in plan.left_out_lines():
+        reporter.line(line)
     for spec in plan.stored:
         stored = store.find_task(checkpoint.name, plan.key, bench.task_key(plan.key, spec))
         if stored is not None:
@@ -152,7 +154,10 @@ def run_sweep(
         )
         for entry in asked.checkpoint_entries()
     ]
-    reporter.line(f"{len(benches)} checkpoints, {len(cells)} cells · looking up what is stored")
+    draws = f", {len(settings.draws)} draws of what chance decides" if settings.draws else ""
+    reporter.line(
+        f"{len(benches)} checkpoints, {len(cells)} cells{draws} · looking up what is stored"
+    )
     for bench in benches:
         if bench.checkpoint.why_not_quantized:
             how = "was trained" if bench.checkpoint.trained_scheme else "is stored"
@@ -189,6 +194,8 @@ def _run_plans(plans: Sequence[tuple[Workbench, CellPlan]], reporter: Reporter) 
             bench.clear(plan)
             continue
         reporter.line(head)
+        for line in plan.left_out_lines():
+            reporter.line(f"    {line}")
         try:
             for record in bench.run(plan.cell, reporter):
                 failures += record.status == "failed"

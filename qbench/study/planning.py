@@ -49,6 +49,7 @@ def plan_lines(cells: Sequence[tuple[Workbench, Cell]]) -> Iterator[str]:
             measurements += len(plan.pending) if state == "to run" else 0
             seconds += cost.seconds if cost else 0.0
             yield f"  {state:15} {plan.cell}{detail}{_cost(cost, outlook.why_not_streamed)}"
+            yield from (f"  {'':15}   {line}" for line in plan.left_out_lines())
         speed = outlook.speed if outlook.shape else speed
     parts = ", ".join(f"{n} {state}" for state, n in counts.items() if n)
     yield f"{len(cells)} cells: {parts}; {measurements} measurements to make{_time(seconds, speed)}"

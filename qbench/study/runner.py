@@ -8,15 +8,15 @@ a failure is stored with its error and repeated only on request.
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qbench.errors import QBenchError, RunFailed
-from qbench.evaluation.corpora import is_text_path
 from qbench.evaluation.tasks import PreparedTask, TaskSpec
 from qbench.models.checkpoints import Checkpoint
 from qbench.models.dimensions import dimensions, stored_bytes
@@ -24,7 +24,6 @@ from qbench.progress import Reporter
 from qbench.quantization.outcome import Quantization, batching_of
 from qbench.quantization.quantize import needs_calibration
 from qbench.record import (
-    CalibrationSpec,
     LayerReport,
     QuantizationKey,
     QuantizationRecord,
@@ -34,17 +33,18 @@ from qbench.record import (
 from qbench.registry import load_baseline
 from qbench.scheme import Scheme
 from qbench.study.cells import Cell, CellPlan, Settings
+from qbench.study.draws import CalibrationTexts, drawn
 from qbench.study.environment import environment, peak_memory
 from qbench.study.store import Store
 from qbench.study.supply import Supply, supply_of
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 PreparedKey = tuple[str, int | None, TaskSpec]
 """Tokenizer, context and task: what the tokens of a task depend on, in one run or sweep."""
+NO_TWIN = "the checkpoint is quantized already and holds no full-precision model to agree with"
 
 
 class Workbench:
@@ -59,6 +59,9 @@ class Workbench:
     ) -> None:
         self.checkpoint, self.settings, self.store = checkpoint, settings, store
         self._prepared = {} if prepared is None else prepared
+        self.texts = CalibrationTexts(
+            lambda: self.tokenizer, lambda: self.context, settings.options.data_dir
+        )
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -82,14 +85,23 @@ class Workbench:
     def cells(self, asked: Sequence[Cell]) -> list[Cell]:
         """The cells of a sweep on this checkpoint; its own scheme alone, where it brings one."""
         if self.checkpoint.own_scheme is None:
-            return list(asked)
+            # draw after draw: each calibration text goes through the model once
+            turns = itertools.zip_longest(*(self._drawn(cell) for cell in asked))
+            return [cell for turn in turns for cell in turn if cell is not None]
         return [self.cell(Cell(load_baseline("none"), Scheme()))]
+
+    def _drawn(self, cell: Cell) -> Iterable[Cell]:
+        """A cell as often as chance decides about it in another way."""
+        draws = self.settings.draws
+        if not draws or self.why_not(cell):
+            return [cell]
+        return drawn(cell, draws, self._reads_data(cell), self._is_random(cell))
 
     def release(self) -> None:
         """Let go of the model and the calibration text: another checkpoint needs the memory."""
         if "supply" in self.__dict__:
             self.supply.release()
-        self.__dict__.pop("calibration", None)
+        self.texts.clear()
 
     @cached_property
     def context(self) -> int | None:
@@ -97,24 +109,6 @@ class Workbench:
         from qbench.evaluation.evaluate import context_length
 
         return context_length(self.checkpoint.load_config())
-
-    @cached_property
-    def calibration(self) -> tuple[Tensor, CalibrationSpec]:
-        """Token windows and their specification with the hash filled in."""
-        from qbench.evaluation.corpora import calibration_windows
-
-        asked = self.settings.calibration
-        if self.context and asked.seqlen > self.context:
-            asked = asked.model_copy(update={"seqlen": self.context})
-        try:
-            windows, spec = calibration_windows(
-                self.tokenizer, asked, self.settings.options.data_dir
-            )
-        except QBenchError as error:
-            raise QBenchError(f"calibration: {error}") from error
-        if is_text_path(spec.source):  # the tokens' hash is in the key; where the file lies is not
-            spec = spec.model_copy(update={"source": Path(spec.source).name})
-        return windows, spec
 
     def prepared(self, spec: TaskSpec) -> PreparedTask:
         """A task, loaded and tokenized once for all checkpoints with the same tokenizer."""
@@ -148,18 +142,22 @@ class Workbench:
 
     def key(self, cell: Cell) -> QuantizationKey:
         """What names the quantized model; at W16A16 it is the same model for every method."""
-        instance = cell.baseline.instance
-        untouched = cell.changes_nothing
-        reads_data = not untouched and needs_calibration(instance, cell.scheme)
-        reads_data = reads_data and not self.why_not(cell)
+        reads_data = self._reads_data(cell) and not self.why_not(cell)
+        asked = self.settings.calibration_of(cell)
         return QuantizationKey(
             weights=self.checkpoint.fingerprint,
             baseline=cell.method,
             scheme=str(cell.scheme),
-            calibration=self.calibration[1] if reads_data else None,
-            seed=self.settings.seed if instance.is_random and not untouched else 0,
+            calibration=self.texts.spec(asked) if reads_data else None,
+            seed=self.settings.seed_of(cell) if self._is_random(cell) else 0,
             dtype=self.settings.dtype,
         )
+
+    def _reads_data(self, cell: Cell) -> bool:
+        return not cell.changes_nothing and needs_calibration(cell.baseline.instance, cell.scheme)
+
+    def _is_random(self, cell: Cell) -> bool:
+        return cell.baseline.instance.is_random and not cell.changes_nothing
 
     def task_key(self, key: QuantizationKey, spec: TaskSpec) -> TaskKey:
         """What names one measurement."""
@@ -183,6 +181,9 @@ class Workbench:
             plan.quantized = True
         known = set()
         for spec in self.settings.tasks:
+            if cell.own is not None and spec.is_agreement:
+                plan.left_out[spec] = NO_TWIN
+                continue
             key = self.task_key(plan.key, spec)
             if key in known:  # one measurement under two names
                 continue
@@ -244,7 +245,8 @@ class Workbench:
         self, plan: CellPlan, reporter: Reporter
     ) -> tuple[PreTrainedModel, QuantizationRecord] | QuantizationRecord:
         cell, key = plan.cell, plan.key
-        windows = (lambda: self.calibration[0]) if key.calibration else None
+        asked = self.settings.calibration_of(cell)
+        windows = (lambda: self.texts.windows(asked)) if key.calibration else None
         started = time.perf_counter()
         folder = self.store.folder(self.checkpoint.name, key)
         with (
@@ -313,7 +315,7 @@ class Workbench:
             reporter.step(f"{key.task} of {plan.cell}") as progress,
         ):
             try:
-                batching = batching_of(model)
+                task, batching = self.supply.against(task), batching_of(model)
                 sharing = None if batching else self.supply.sharing(task, model)
                 result = task.run(model, progress, batching, sharing)
             except Exception as error:

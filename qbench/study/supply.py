@@ -24,7 +24,7 @@ from qbench.process import give_memory_back
 from qbench.quantization.outcome import Quantization
 from qbench.quantization.quantize import Progress, quantize_model, requantize_activations
 from qbench.scheme import Scheme
-from qbench.study.cells import Cell, Settings
+from qbench.study.cells import Cell, Draw, Settings
 from qbench.study.costs import WIDTHS
 from qbench.study.speed import free_memory
 
@@ -46,6 +46,7 @@ class Supply(ABC):
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings) -> None:
         self.checkpoint, self.settings = checkpoint, settings
+        self._references: dict[PreparedTask, Any] = {}
 
     @abstractmethod
     def model_of(
@@ -64,12 +65,25 @@ class Supply(ABC):
         """Whether a task's rows may share their beginning on a cell's model."""
         return task.test_sharing(model)
 
+    def against(self, task: PreparedTask) -> PreparedTask:
+        """A task that compares with full precision, ready to run on this checkpoint's cells."""
+        if not task.needs_reference:
+            return task
+        if task not in self._references:
+            self._references[task] = task.refer(self.pristine())
+        return task.against(self._references[task])
+
+    @abstractmethod
+    def pristine(self) -> PreTrainedModel:
+        """The model in full precision, never changed, beside that of the cell."""
+
     def done(self, folder: Path) -> None:
         """Everything about the cell with this folder is stored: no blocks are needed any more."""
         shutil.rmtree(folder / WORK, ignore_errors=True)
 
-    def release(self) -> None:  # noqa: B027
+    def release(self) -> None:
         """Let go of what is in memory."""
+        self._references.clear()
 
 
 def supply_of(checkpoint: Checkpoint, settings: Settings) -> Supply:
@@ -104,6 +118,7 @@ class _Quantized:
 
     baseline: str
     weights: Scheme
+    draw: Draw | None
     model: PreTrainedModel
     result: Quantization
     reads_data: bool
@@ -113,7 +128,8 @@ class _Quantized:
         cls, cell: Cell, model: PreTrainedModel, result: Quantization, reads_data: bool
     ) -> _Quantized:
         """What is to be known of a cell's model."""
-        return cls(cell.baseline.spec.digest(), cell.scheme.weights_only, model, result, reads_data)
+        weights = cell.scheme.weights_only
+        return cls(cell.baseline.spec.digest(), weights, cell.draw, model, result, reads_data)
 
 
 def shared_with(last: _Quantized | None, cell: Cell, reads_data: bool) -> _Quantized | None:
@@ -126,6 +142,7 @@ def shared_with(last: _Quantized | None, cell: Cell, reads_data: bool) -> _Quant
         and not (scheme.needs_static_scales or last.result.scheme.needs_static_scales)
         and last.baseline == cell.baseline.spec.digest()
         and last.weights == scheme.weights_only
+        and last.draw == cell.draw
         and last.reads_data == reads_data
     )
     return last if alike else None
@@ -138,7 +155,7 @@ class InMemory(Supply):
         super().__init__(checkpoint, settings)
         self._unloadable: QBenchError | None = None
         self._last: _Quantized | None = None
-        self._calibration: Calibration | None = None
+        self._calibration: tuple[Tensor, Calibration] | None = None
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -169,7 +186,7 @@ class InMemory(Supply):
             cell.baseline.instance,
             cell.scheme,
             None if windows is None else self._passes(windows),
-            seed=self.settings.seed,
+            seed=self.settings.seed_of(cell),
             progress=progress,
         )
         self._last = _Quantized.of(cell, model, result, windows is not None)
@@ -179,9 +196,15 @@ class InMemory(Supply):
         """The calibration text in the pristine model, shared by all cells."""
         from qbench.quantization.passes import Calibration
 
-        if self._calibration is None:
-            self._calibration = Calibration(self.model, windows())
-        return self._calibration
+        ids = windows()
+        if self._calibration is None or self._calibration[0] is not ids:
+            self._calibration = None  # before there are two of them
+            self._calibration = ids, Calibration(self.model, ids)
+        return self._calibration[1]
+
+    def pristine(self) -> PreTrainedModel:
+        """The model that copies are made of."""
+        return self.model
 
     def sharing(self, task: PreparedTask, model: PreTrainedModel) -> Sharing | None:
         """Asked of the pristine model, once for all its copies."""
@@ -189,6 +212,7 @@ class InMemory(Supply):
 
     def release(self) -> None:
         """Let go of both models."""
+        super().release()
         self._last = self._calibration = None
         self.__dict__.pop("model", None)
 
@@ -205,6 +229,7 @@ class Streamed(Supply):
         self._lock: IO[str] | None = None
         self._finished = False
         self._verdicts: dict[str, Any] = {}
+        self._pristine: PreTrainedModel | None = None
 
     def model_of(
         self, cell: Cell, windows: Windows | None, folder: Path, progress: Progress | None
@@ -222,7 +247,7 @@ class Streamed(Supply):
         if known is not None:
             known.result = requantize_activations(known.model, cell.scheme, known.result)
             return known.model, known.result
-        self.release()
+        self._let_go()
         self._work = folder / WORK
         self._lock = _lock(self._work)
         if self._lock is None:
@@ -234,7 +259,7 @@ class Streamed(Supply):
             cell.baseline.instance,
             cell.scheme,
             None if windows is None else windows(),
-            seed=settings.seed,
+            seed=settings.seed_of(cell),
             progress=progress,
         )
         self._last = _Quantized.of(cell, model, result, windows is not None)
@@ -247,7 +272,22 @@ class Streamed(Supply):
         else:
             super().done(folder)
 
+    def pristine(self) -> PreTrainedModel:
+        """A model of its own: the cell's has hooks, and blocks in a work folder."""
+        from qbench.models.streamed import open_streamed
+
+        if self._pristine is None:
+            settings = self.settings
+            self._pristine = open_streamed(self.checkpoint, settings.dtype, settings.device)
+        return self._pristine
+
     def release(self) -> None:
+        """Let go of the last cell and of what is known of full precision."""
+        super().release()
+        self._pristine = None
+        self._let_go()
+
+    def _let_go(self) -> None:
         """Let go of the last cell, and of its blocks where everything about it is stored."""
         if self._work is not None and self._finished:
             shutil.rmtree(self._work, ignore_errors=True)

@@ -4,6 +4,7 @@
     baselines: [none, absmax, {name: gptq, act_order: true, schemes: [W4A16, W2A16]}]
     schemes: [W8A8, W4A16, "W2A16g64:grid=asym"]
     calibration: {source: c4, nsamples: 128, seqlen: 2048, seed: 0}
+    seeds: 5
     tasks: [wikitext2, piqa, {name: hellaswag, num_fewshot: 4, limit: 1000}]
     results: results/runs
 
@@ -11,6 +12,10 @@ Every baseline meets every scheme, or its own list. The baseline ``none`` is the
 it runs once at W16A16 and at every scheme of 16-bit weights. A method at W16A16 would be that same
 model, so only ``none`` runs there. A BitNet checkpoint has one row, at the scheme of its training;
 with ``latent: true`` its latent weights are quantized as an ordinary model's.
+
+``seeds`` repeats every cell that depends on chance: the calibration text is drawn anew and the
+method's own randomness is seeded anew, both from the same seed; cells without either run once.
+``calibration`` may be a list of texts, on each of which every cell that calibrates is run.
 """
 
 from __future__ import annotations
@@ -18,17 +23,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from qbench.errors import QBenchError, unknown
 from qbench.evaluation.tasks import EvaluationOptions, TaskSpec
 from qbench.record import CalibrationSpec
 from qbench.registry import LoadedBaseline, load_baseline
 from qbench.scheme import WEIGHT_BITS, Scheme
-from qbench.study.cells import Cell, Settings
+from qbench.study.cells import Cell, Draw, Settings
 
 
 class _Strict(BaseModel):
@@ -75,6 +80,17 @@ class CalibrationEntry(_Strict):
     seed: int = 0
 
 
+def _one_or_many(value: Any) -> str:
+    return "many" if isinstance(value, list) else "one"
+
+
+Calibrations = Annotated[
+    Annotated[CalibrationEntry, Tag("one")]
+    | Annotated[list[CalibrationEntry], Field(min_length=1), Tag("many")],
+    Discriminator(_one_or_many),
+]
+
+
 class Sweep(_Strict):
     """A sweep file."""
 
@@ -82,7 +98,8 @@ class Sweep(_Strict):
     baselines: list[str | BaselineEntry] = Field(min_length=1)
     schemes: list[str] = Field(min_length=1)
     tasks: list[str | TaskEntry] = Field(min_length=1)
-    calibration: CalibrationEntry = CalibrationEntry()
+    calibration: Calibrations = CalibrationEntry()
+    """One text, or several: every cell that calibrates is run on each."""
     num_fewshot: int = 0
     """Of tasks that do not say."""
     limit: int | None = None
@@ -94,6 +111,9 @@ class Sweep(_Strict):
     device: str = "cpu"
     dtype: str = "float32"
     seed: int = 0
+    seeds: int | list[int] | None = None
+    """How many seeds, from ``seed`` on, or which: each of them draws the calibration text and the
+    method's own numbers."""
     stream: bool | None = None
     """Keep decoder blocks on disk and bring them in one at a time; where it is not said, when two
     copies of the weights do not fit into memory."""
@@ -158,16 +178,49 @@ class Sweep(_Strict):
             )
         return together(cells.values())
 
+    def draws(self) -> tuple[Draw, ...]:
+        """What chance decides, in every way that is asked for.
+
+        Raises:
+            QBenchError: for seeds that are none, or that contradict another field.
+        """
+        given = self.calibration if isinstance(self.calibration, list) else [self.calibration]
+        texts = [CalibrationSpec(**entry.model_dump()) for entry in given]
+        if self.seeds is None:
+            return tuple(Draw(text, self.seed) for text in texts)
+        own = {text.seed for text in given if "seed" in text.model_fields_set} - {self.seed}
+        if isinstance(self.seeds, list):
+            own |= {self.seed} if "seed" in self.model_fields_set else set()
+            seeds = list(dict.fromkeys(self.seeds))
+        else:
+            seeds = list(range(self.seed, self.seed + self.seeds))
+        if not seeds or min(seeds) < 0:
+            raise QBenchError(
+                f"seeds: {self.seeds} cannot be; say how many (seeds: 5) or which ([0, 1, 7])"
+            )
+        if own:
+            raise QBenchError(
+                f"seeds: {self.seeds} and a seed of {min(own)} contradict each other, as seeds are "
+                "those of the calibration text and of the methods; leave the other one out"
+            )
+        return tuple(
+            Draw(text.model_copy(update={"seed": seed}), seed) for seed in seeds for text in texts
+        )
+
     def settings(self, retry_failed: bool = False) -> Settings:
         """What every cell shares."""
         options = EvaluationOptions(
             data_dir=self.data, max_length=self.max_length, encoding=self.encoding
         )
+        draws = self.draws()
+        first, several = draws[0], len(draws) > 1
+        assert first.calibration is not None and first.seed is not None
         return Settings(
             tasks=self.task_specs(),
             options=options,
-            calibration=CalibrationSpec(**self.calibration.model_dump()),
-            seed=self.seed,
+            calibration=first.calibration,
+            seed=first.seed,
+            draws=draws if several else (),
             dtype=self.dtype,
             device=self.device,
             retry_failed=retry_failed,
@@ -203,7 +256,7 @@ def _explain(error: ValidationError) -> str:
     problem = next((p for p in problems if p["type"] != "string_type"), problems[0])
     where = ".".join(str(part) for part in problem["loc"] if part not in _ENTRIES)
     if problem["type"] == "extra_forbidden":
-        entry = next((kind for kind in _ENTRIES.values() if kind.__name__ in problem["loc"]), None)
+        entry = next((_ENTRIES[part] for part in problem["loc"] if part in _ENTRIES), None)
         fields = (entry or CalibrationEntry).model_fields
         return str(unknown(f"field {where.rpartition('.')[0]}", where.rpartition(".")[2], fields))
     if problem["type"] == "missing":
@@ -216,5 +269,7 @@ _ENTRIES: dict[str, type[BaseModel]] = {
     "CheckpointEntry": CheckpointEntry,
     "BaselineEntry": BaselineEntry,
     "TaskEntry": TaskEntry,
+    "one": CalibrationEntry,
+    "many": CalibrationEntry,
 }
 """Names that pydantic puts into a place for the alternatives of a list entry."""
