@@ -99,6 +99,12 @@ CORPORA: dict[str, CorpusDefinition] = {
         evaluation_windows=256,
         evaluation_documents=1100,
     ),
+    "pile-val": CorpusDefinition(
+        "the Pile's validation split, SmoothQuant's calibration text",
+        HubSource("mit-han-lab/pile-val-backup"),
+        calibration_split="validation",
+        from_one_document=True,
+    ),
     "tinystories": CorpusDefinition(
         "TinyStories, each story by itself",
         HubSource("roneneldan/TinyStories"),
