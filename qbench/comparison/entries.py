@@ -14,7 +14,7 @@ import fnmatch
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,10 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 Key = tuple[str, str]
-"""(task, protocol) of a perplexity, (task, "") of an accuracy: what shares a column."""
+"""(task, protocol) of a perplexity, (task, "") of an accuracy: what shares a column. An agreement
+has two: (task, protocol) for the divergence, (task, protocol/top-1) for the share of tokens."""
+TOP_1 = "/top-1"
+_AGREEMENT = "agreement"
 
 CONDITIONS = ("protocol", "metric", "num_fewshot", "fewshot_seed", "limit", "encoding", "dtype")
 _IDENTITIES = {"definition": "another task definition", "data": "other data"}
@@ -40,6 +43,7 @@ class Measured:
 
     task: str
     kind: str
+    """accuracy, perplexity, divergence (from full precision, in nats) or agreement (with it)."""
     metric: str
     value: float | None
     stderr: float | None = None
@@ -50,6 +54,11 @@ class Measured:
     notes: tuple[str, ...] = ()
     also: dict[str, tuple[float, float | None]] = field(default_factory=dict)
     """Every metric of the same measurement: name -> (value, standard error)."""
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether a smaller number is a better one."""
+        return self.kind in ("perplexity", "divergence")
 
 
 @dataclass(frozen=True)
@@ -152,7 +161,18 @@ def accuracy_keys(entries: Sequence[Entry]) -> list[Key]:
 
 def perplexity_keys(entries: Sequence[Entry]) -> list[Key]:
     """The perplexity columns: one per text and protocol."""
-    return sorted({key for entry in entries for key in entry.cells if key[1]})
+    keys = {key for entry in entries for key in entry.cells if key[1]}
+    return sorted(key for key in keys if not is_agreement(key))
+
+
+def agreement_keys(entries: Sequence[Entry]) -> list[Key]:
+    """The columns that compare with full precision, two per text and protocol."""
+    return sorted({key for entry in entries for key in entry.cells if is_agreement(key)})
+
+
+def is_agreement(key: Key) -> bool:
+    """Whether a column compares with full precision."""
+    return key[1].startswith(_AGREEMENT)
 
 
 def by_size(entry: Entry) -> tuple[int, str]:
@@ -219,15 +239,13 @@ def _cells(
             records[tuple(own)].append(row)
     candidates: dict[Key, list[tuple[tuple[Any, ...], Measured]]] = defaultdict(list)
     for same in records.values():
-        row = _wanted(same, metric)
         also = {r["metric"]: (r["value"], r["stderr"]) for r in same if r["value"] is not None}
-        assumed = "accuracy" if row["protocol"] == "lm-eval" else "perplexity"
-        kind = row["kind"] or kinds.get((row["task"], row["protocol"]), assumed)
-        key = (row["task"], row["protocol"] if kind == "perplexity" else "")
-        # finished before failed, then the most items, the fewest shots, the newest
-        rank = (row["task_status"] == "ok", row["n_items"] or 0, -row["num_fewshot"])
-        measured = replace(_measured(row, kind), also=also)
-        candidates[key].append(((*rank, row["task_created"] or ""), measured))
+        for kind, protocol, row in _shown(same, metric, kinds):
+            # finished before failed, then the most items, the fewest shots, the newest
+            rank = (row["task_status"] == "ok", row["n_items"] or 0, -row["num_fewshot"])
+            measured = replace(_measured(row, kind), also=also)
+            key = (row["task"], protocol)
+            candidates[key].append(((*rank, row["task_created"] or ""), measured))
     return {key: _first(sorted(c, key=lambda pair: pair[0])) for key, c in candidates.items()}
 
 
@@ -239,6 +257,22 @@ def _first(candidates: list[tuple[tuple[Any, ...], Measured]]) -> Measured:
         how = deviations(other, chosen.conditions) or "older"
         notes.append(f"also stored for {chosen.task}, not shown: {value} ({how})")
     return replace(chosen, notes=(*chosen.notes, *notes))
+
+
+def _shown(
+    rows: list[dict[str, Any]], metric: str, kinds: dict[tuple[str, str], str]
+) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """The rows of one measurement that are shown: kind, protocol in the key, row."""
+    row = _wanted(rows, metric)
+    protocol = row["protocol"]
+    assumed = "accuracy" if protocol == "lm-eval" else "perplexity"
+    assumed = _AGREEMENT if protocol.startswith(_AGREEMENT) else assumed
+    kind = row["kind"] or kinds.get((row["task"], protocol), assumed)
+    if kind != _AGREEMENT:
+        yield kind, protocol if kind == "perplexity" else "", row
+        return
+    yield "divergence", protocol, _wanted(rows, "kl_divergence")
+    yield "agreement", protocol + TOP_1, _wanted(rows, "top1_agreement")
 
 
 def _wanted(rows: list[dict[str, Any]], metric: str) -> dict[str, Any]:

@@ -54,7 +54,11 @@ def frame(store: Store) -> DataFrame:
 
 
 def kind_of(metrics: list[str]) -> str:
-    """Perplexity for a task that only measures how well text is predicted, else accuracy."""
+    """Perplexity for a task that only measures how well text is predicted, agreement for one that
+    compares with full precision, else accuracy.
+    """
+    if "kl_divergence" in metrics:
+        return "agreement"
     predicts = any("perplexity" in name or name == "bits_per_byte" for name in metrics)
     answers = any(name.startswith("acc") for name in metrics)
     return "perplexity" if predicts and not answers else "accuracy"

@@ -12,13 +12,14 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from qbench.comparison.entries import Entry, Key, common, deviations, mean_of, say
+from qbench.comparison.entries import Entry, Key, common, deviations, is_agreement, mean_of, say
 from qbench.tables.sheet import (
     MISSING,
     Cell,
     Column,
     accuracy_text,
     difference_text,
+    divergence_text,
     perplexity_text,
 )
 
@@ -119,6 +120,8 @@ def _score(entry: Entry, key: Key, usual: dict[str, object], stderr: bool) -> Ce
     number = entry.cells.get(key)
     if number is None:
         status = entry.facts.get("status") if usual else None  # no verdict where nobody measured
+        if usual and is_agreement(key) and entry.source == "measured" and not entry.ptq:
+            status = "not_applicable"  # it came quantized: there is nothing it could agree with
         return Cell({"failed": "failed", "not_applicable": "n/a"}.get(str(status), MISSING))
     if number.value is None:
         return Cell("failed", number.notes, measured=number)
@@ -126,6 +129,8 @@ def _score(entry: Entry, key: Key, usual: dict[str, object], stderr: bool) -> Ce
     notes = (f"measured differently: {different}", *number.notes) if different else number.notes
     if number.kind == "perplexity":
         text = perplexity_text(number.value)
+    elif number.kind == "divergence":
+        text = divergence_text(number.value)
     else:
         text = accuracy_text(number.value, number.stderr if stderr else None)
     return Cell(text, notes, measured=number, comparable=not different)
@@ -143,7 +148,7 @@ def _best(entries: Sequence[Entry], cells: list[Cell]) -> list[Cell]:
     for indices in rivals.values():
         if len(indices) < 2:
             continue
-        lower = cells[indices[0]].measured.kind == "perplexity"  # type: ignore[union-attr]
+        lower = cells[indices[0]].measured.lower_is_better  # type: ignore[union-attr]
         values = {i: cells[i].measured.value or 0.0 for i in indices}  # type: ignore[union-attr]
         best = min(values.values()) if lower else max(values.values())
         for index in indices:

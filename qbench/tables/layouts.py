@@ -14,10 +14,12 @@ from typing import Any
 
 from qbench.comparison import reference
 from qbench.comparison.entries import (
+    TOP_1,
     Entry,
     Key,
     Measured,
     accuracy_keys,
+    agreement_keys,
     by_size,
     perplexity_keys,
 )
@@ -75,6 +77,7 @@ def _comparison(entries: list[Entry], options: Options) -> Sheet:
     if any(entry.facts.get("effective_bits") for entry in rows):
         columns.append(text_column("Bits/weight", rows, _effective_bits, numeric=True))
     columns += _perplexities(rows, options)
+    columns += _agreements(rows)
     scores = [score_column((key[0],), rows, key, options.metric) for key in keys]
     columns += scores
     if len(scores) > 1:
@@ -148,8 +151,15 @@ def _sheet(
 ) -> Sheet:
     cells = [cell for column in columns for cell in column.cells]
     remarks = []
-    if any(key[1] for row in rows for key in row.cells):
+    if perplexity_keys(rows):
         remarks.append("PPL: perplexity, lower is better; text and protocol stand in the heading.")
+    if agreement_keys(rows):
+        remarks.append(
+            "KL, top-1: next-token distributions against the same checkpoint in full precision "
+            "(mean KL(FP16 || row) in nats, lower is better; percent of positions with the same "
+            "most likely token), over the first 16 windows "
+            "of the text unless a note says otherwise."
+        )
     if any(not key[1] for row in rows for key in row.cells):
         error = " ± standard error" if any("±" in cell.text for cell in cells) else ""
         remarks.append(
@@ -226,6 +236,16 @@ def _perplexities(rows: list[Entry], options: Options) -> list[Column]:
         columns.append(column)
         if options.delta and any(number.conditions for number in numbers):
             columns.append(difference_column(("Δ", task, protocol), rows, column, percent=False))
+    return columns
+
+
+def _agreements(rows: list[Entry]) -> list[Column]:
+    """KL divergence and top-1 agreement, per text and protocol."""
+    columns = []
+    for task, protocol in agreement_keys(rows):
+        name = "top-1" if protocol.endswith(TOP_1) else "KL"
+        heading = (name, task, protocol.removesuffix(TOP_1))
+        columns.append(score_column(heading, rows, (task, protocol), name, stderr=False))
     return columns
 
 

@@ -87,6 +87,17 @@ def perplexity_text(value: float) -> str:
     return f"{mantissa}e{int(exponent)}"
 
 
+def divergence_text(value: float) -> str:
+    """0.0123, 1.50, 3.10e-05, 0, inf, NaN: three digits, whatever the size."""
+    if math.isnan(value):
+        return "NaN"
+    if math.isinf(value):
+        return "inf"
+    if value == 0:
+        return "0"
+    return f"{value:#.3g}".rstrip(".") if value < 1000 else f"{value:.0f}"
+
+
 def accuracy_text(value: float, stderr: float | None = None) -> str:
     """61.2, or 61.2 ± 0.9, in percent."""
     if math.isnan(value):
