@@ -54,6 +54,8 @@ class Measured:
     notes: tuple[str, ...] = ()
     also: dict[str, tuple[float, float | None]] = field(default_factory=dict)
     """Every metric of the same measurement: name -> (value, standard error)."""
+    parts: tuple[Measured, ...] = ()
+    """What a mean is over."""
 
     @property
     def lower_is_better(self) -> bool:
@@ -213,6 +215,7 @@ def mean_of(numbers: Sequence[Measured]) -> Measured:
         value=sum(values) / len(values),
         stderr=math.hypot(*errors) / len(numbers) if complete else None,
         chance=sum(chances) / len(chances) if len(chances) == len(numbers) else None,
+        parts=tuple(numbers),
     )
 
 

@@ -1,0 +1,185 @@
+"""Which of a table's differences are more than chance: paired tests on the stored items.
+
+One question, one test: accuracies by McNemar's exact test, sums over windows (losses, divergences)
+and means of several tasks by the randomization test, all two-sided, then Holm's correction over
+every comparison that was asked for together. A comparison that cannot be made has no p, does not
+count in the family, and says why.
+
+Left out: which rows are compared with which, and how it is marked (:mod:`qbench.tables.marks`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from qbench.comparison.entries import Measured
+from qbench.comparison.pairing import SCORES, Measurement, NotPaired, Paired, pair, right
+from qbench.comparison.statistics import (
+    LEVEL,
+    NOT_FINITE,
+    holm,
+    mcnemar,
+    resamples_for,
+    sign_flips,
+)
+from qbench.errors import QBenchError
+from qbench.record import TaskRecord
+from qbench.study.store import Run, Store
+
+if TYPE_CHECKING:
+    from numpy import ndarray
+
+MCNEMAR = "exact McNemar"
+RANDOMIZATION = "randomization test"
+_SUMS = {
+    **dict.fromkeys(("perplexity", "byte_perplexity", "word_perplexity", "bits_per_byte"), "nll"),
+    "kl_divergence": "kl",
+    "top1_agreement": "n_agreeing",
+}
+"""Metric -> what is summed over windows, and divided by something both rows share."""
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number of a table with the run it was measured on."""
+
+    run: str
+    """The folder of the run below the store, as in the long table; "" for a published row."""
+    measured: Measured
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a test says of one number against its reference."""
+
+    n: int = 0
+    """Questions or windows compared."""
+    difference: float | None = None
+    """The number less its reference, on the items both have; of losses per token, in nats."""
+    better: bool | None = None
+    """Whether the number is the better of the two; None where they are equal or untested."""
+    test: str = ""
+    p: float | None = None
+    adjusted: float | None = None
+    """p after Holm's correction over the family."""
+    reason: str = ""
+    """Why there is no test."""
+    notes: tuple[str, ...] = ()
+    """What the two differ in beside the model."""
+
+    @property
+    def significant(self) -> bool:
+        """Whether the difference stands after the correction."""
+        return self.adjusted is not None and self.adjusted < LEVEL
+
+
+@dataclass
+class Tester:
+    """Tests numbers of one store against each other; items are read once."""
+
+    store: Store
+    seed: int = 0
+    """Of the random signs."""
+    _runs: dict[str, Run] = field(default_factory=dict)
+    _items: dict[tuple[str, str], Measurement] = field(default_factory=dict)
+
+    def family(self, pairs: Sequence[tuple[Number, Number]]) -> list[Verdict]:
+        """One verdict per pair (reference, number), corrected for all of them together."""
+        n = resamples_for(len(pairs))
+        found = [self._verdict(reference, number, n) for reference, number in pairs]
+        adjusted = holm([verdict.p for verdict in found])
+        return [replace(v, adjusted=p) for v, p in zip(found, adjusted, strict=True)]
+
+    def _verdict(self, reference: Number, number: Number, n: int) -> Verdict:
+        try:
+            return self._tested(reference, number, n)
+        except QBenchError as error:
+            return Verdict(reason=str(error))
+
+    def _tested(self, reference: Number, number: Number, n: int) -> Verdict:
+        import numpy as np
+
+        parts = list(self._parts(reference, number))
+        notes = tuple(dict.fromkeys(note for paired, _ in parts for note in paired.notes))
+        metric = parts[0][1]
+        if len(parts) == 1 and metric in SCORES:
+            paired = parts[0][0]
+            found = mcnemar(right(paired.a, metric), right(paired.b, metric))
+            size, difference, p, test = found.n, found.difference, found.p, MCNEMAR
+        else:
+            shares = [share for paired, name in parts for share in _shares(paired, name)]
+            size, every = sum(map(len, shares)), np.concatenate(shares) / len(shares)
+            p, test = sign_flips(every, self.seed, n), RANDOMIZATION
+            if p is None:
+                return Verdict(n=size, test=test, reason=NOT_FINITE, notes=notes)
+            difference = float(every.sum())
+        better = None if difference == 0 else (difference < 0) == number.measured.lower_is_better
+        return Verdict(size, difference, better, test, p, notes=notes)
+
+    def _parts(self, reference: Number, number: Number) -> Iterator[tuple[Paired, str]]:
+        """The paired items of a number, or of every task a mean is over."""
+        ours, theirs = _parts_of(number.measured), _parts_of(reference.measured)
+        if [part.task for part in ours] != [part.task for part in theirs]:
+            raise NotPaired("the two are means over other tasks")
+        for own, other in zip(ours, theirs, strict=True):
+            if own.metric != other.metric:
+                raise NotPaired(f"measured differently: metric {other.metric} and {own.metric}")
+            if own.metric not in SCORES and own.metric not in _SUMS:
+                raise NotPaired(f"there is no paired test for {own.metric}")
+            a, b = self._measurement(reference.run, other), self._measurement(number.run, own)
+            yield pair(a, b), own.metric
+
+    def _measurement(self, run: str, measured: Measured) -> Measurement:
+        if not run or not measured.conditions:
+            raise NotPaired("a published number has no items")
+        if not self._runs:
+            self._runs = {
+                found.path.relative_to(self.store.root).as_posix(): found
+                for found in self.store.runs()
+            }
+        if run not in self._runs:
+            raise NotPaired(f"the run {run} is not in {self.store.root}")
+        record = _record(self._runs[run], measured)
+        key = (run, record.key.digest())
+        if key not in self._items:
+            self._items[key] = Measurement.read(self.store, self._runs[run], record)
+        return self._items[key]
+
+
+def _parts_of(measured: Measured) -> tuple[Measured, ...]:
+    return measured.parts or (measured,)
+
+
+def _record(run: Run, measured: Measured) -> TaskRecord:
+    """The stored measurement that a number of the table comes from."""
+    fields = {"fewshot_seed": "seed", "task_version": "version"}
+    for record in run.tasks:
+        told: dict[str, Any] = {
+            name: getattr(record.key, fields.get(name, name), value)
+            for name, value in measured.conditions.items()
+        }
+        if record.key.task == measured.task and told == measured.conditions:
+            return record
+    raise NotPaired(f"the measurement of {measured.task} is not in {run.path.name} any more")
+
+
+def _shares(paired: Paired, metric: str) -> Iterator[ndarray]:
+    """What every item adds to the difference, b less a; for each corpus of a mean its own."""
+    if metric in SCORES:
+        change = right(paired.b, metric) * 1.0 - right(paired.a, metric)
+        yield change / len(change)
+        return
+    if not paired.of_windows:  # documents scored as a whole (lm-eval's rolling tasks)
+        total = paired.a["n_tokens"].sum()
+        yield (paired.a["loglikelihood"] - paired.b["loglikelihood"]).to_numpy() / total
+        return
+    gap = (paired.b[_SUMS[metric]] - paired.a[_SUMS[metric]]).to_numpy(dtype=float)
+    tokens = paired.a["n_tokens"].to_numpy(dtype=float)
+    if "corpus" not in paired.a:
+        yield gap / tokens.sum()
+        return
+    names = paired.a["corpus"].to_numpy()
+    for name in dict.fromkeys(names.tolist()):
+        yield gap[names == name] / tokens[names == name].sum()
