@@ -227,7 +227,7 @@ def _check_packing(name: str, entry: Mapping[str, Any]) -> None:
     elif str(entry.get("pack_dtype", "int32")).removeprefix("torch.") != "int32":
         problem = f"pack_dtype {entry['pack_dtype']}"
     elif bits not in BITS:
-        problem = f"{bits} bits"
+        problem = f"{bits!r} bits"
     if problem:
         raise QBenchError(
             f"{name} is quantized already, with {problem}; what is read here is quant_method gptq "
