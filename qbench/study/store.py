@@ -289,7 +289,7 @@ def _write_json(path: Path, record: QuantizationRecord | TaskRecord) -> Path:
             f"the record for {path} holds a value JSON cannot ({_first_line(error)}); "
             "reports, details and parameters take numbers, strings, lists and dictionaries"
         ) from error
-    return _write(path, lambda file: file.write(text.encode()))
+    return write_whole(path, lambda file: file.write(text.encode()))
 
 
 def _write_parquet(path: Path, items: Mapping[str, Sequence[Any]]) -> Path:
@@ -304,10 +304,10 @@ def _write_parquet(path: Path, items: Mapping[str, Sequence[Any]]) -> Path:
             f"the items of {path.name} do not form a table ({_first_line(error)}); "
             f"every column needs one entry per item, they have {lengths}"
         ) from error
-    return _write(path, lambda file: pyarrow.parquet.write_table(table, file))
+    return write_whole(path, lambda file: pyarrow.parquet.write_table(table, file))
 
 
-def _write(path: Path, fill: Callable[[IO[bytes]], object]) -> Path:
+def write_whole(path: Path, fill: Callable[[IO[bytes]], object]) -> Path:
     """Fill a temporary file in the same folder, sync it, rename it over ``path``, sync the folder.
 
     The temporary file never ends in .json or .parquet, so readers do not see it.
