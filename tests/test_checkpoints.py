@@ -314,9 +314,9 @@ def test_a_model_whose_attention_looks_ahead_is_refused_whatever_it_is_called(tm
 
 
 def test_a_quantized_checkpoint_is_refused(copy_of):
-    quantized = {"quant_method": "gptq", "bits": 4}
+    quantized = {"quant_method": "awq", "bits": 4}
     folder = edit_config(copy_of("small"), quantization_config=quantized)
-    with pytest.raises(QBenchError, match="quantized already .*gptq.*full-precision original"):
+    with pytest.raises(QBenchError, match="quantized already .*awq.*full-precision original"):
         find_checkpoint(str(folder))
 
 
