@@ -56,6 +56,8 @@ class Measured:
     """Every metric of the same measurement: name -> (value, standard error)."""
     parts: tuple[Measured, ...] = ()
     """What a mean is over."""
+    draws: tuple[float, ...] = ()
+    """The number of every seed, where the value is their mean (:mod:`qbench.comparison.seeds`)."""
 
     @property
     def lower_is_better(self) -> bool:
@@ -152,7 +154,7 @@ def entries(table: DataFrame, metric: str = "acc") -> list[Entry]:
     for rows in runs.values():
         facts = {name: rows[0][name] for name in RUN_COLUMNS}
         found.append(Entry(facts, str(facts["baseline"]), _cells(rows, metric, kinds)))
-    return _named(found)
+    return named(found)
 
 
 def accuracy_keys(entries: Sequence[Entry]) -> list[Key]:
@@ -208,6 +210,8 @@ def mean_of(numbers: Sequence[Measured]) -> Measured:
     complete = len(errors) == len(numbers)
     chances = [number.chance for number in numbers if number.chance is not None]
     metrics = sorted({number.metric for number in numbers})
+    seeds = {len(number.draws) for number in numbers}
+    draws = [sum(own) / len(numbers) for own in zip(*(n.draws for n in numbers), strict=False)]
     return Measured(
         task="mean of " + ", ".join(number.task for number in numbers),
         kind=numbers[0].kind,
@@ -216,6 +220,7 @@ def mean_of(numbers: Sequence[Measured]) -> Measured:
         stderr=math.hypot(*errors) / len(numbers) if complete else None,
         chance=sum(chances) / len(chances) if len(chances) == len(numbers) else None,
         parts=tuple(numbers),
+        draws=tuple(draws) if len(seeds) == 1 else (),
     )
 
 
@@ -304,14 +309,14 @@ def _measured(row: dict[str, Any], kind: str) -> Measured:
     )
 
 
-def _named(found: list[Entry]) -> list[Entry]:
-    """Give each entry a method name that tells it apart from the others."""
+def named(found: list[Entry]) -> list[Entry]:
+    """Give each measured entry, called by its baseline, a name that tells it apart from others."""
     settings = [_settings(entry.facts) for entry in found]
     varying: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for entry, setting in zip(found, settings, strict=True):
         for name, value in setting.items():
             varying[entry.method][name].add(value)
-    named = []
+    told = []
     for entry, setting in zip(found, settings, strict=True):
         differing = [
             f"{name}={value}"
@@ -321,8 +326,8 @@ def _named(found: list[Entry]) -> list[Entry]:
         method = " ".join([entry.method, *differing])
         method = "full precision" if entry.full_precision else method
         method = "trained" if entry.trained else method
-        named.append(replace(entry, method=method, series=method))
-    return _told_apart(named)
+        told.append(replace(entry, method=method, series=method))
+    return _told_apart(told)
 
 
 def _settings(facts: dict[str, Any]) -> dict[str, str]:
