@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -27,12 +28,17 @@ from qbench.scheme import WEIGHT_BITS, Scheme
 from qbench.testing import tiny_model
 
 
-def record(parameters: int | None, layers: list[tuple[tuple[int, int], float]], **changes):
+def record(
+    parameters: int | None,
+    layers: list[tuple[tuple[int, int], float]],
+    scheme: str = "W4A16",
+    **changes: Any,
+) -> QuantizationRecord:
     reports = [
         LayerReport(name=str(i), shape=s, scheme="W4A16", relative_error=0.0, stored_bits=bits)
         for i, (s, bits) in enumerate(layers)
     ]
-    key = QuantizationKey(weights="w", baseline=BaselineSpec(name="x"), scheme="W4A16")
+    key = QuantizationKey(weights="w", baseline=BaselineSpec(name="x"), scheme=scheme)
     return QuantizationRecord(
         key=key, checkpoint="c", parameters=parameters, layers=reports, **changes
     )
@@ -47,13 +53,14 @@ def test_bits_over_the_matrices_and_over_the_whole_model_are_two_numbers():
 
 
 def test_an_untouched_model_has_sixteen_bits_of_both_kinds():
-    found = footprint_of(record(200, []))
+    found = footprint_of(record(200, [], "W16A16"))
     assert (found.bits_per_quantized_weight, found.bits_per_weight, found.bytes) == (16, 16, 400)
 
 
 def test_a_failed_run_and_one_of_unknown_size_have_no_footprint():
     assert footprint_of(record(None, [])) is None
     assert footprint_of(record(200, [], status="failed", error="x")) is None
+    assert footprint_of(record(200, [])) is None  # at four bits, and no layer says how
 
 
 @pytest.mark.parametrize("name", GRIDS)

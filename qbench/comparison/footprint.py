@@ -76,8 +76,10 @@ class Memory:
 
 
 def footprint_of(record: QuantizationRecord) -> Footprint | None:
-    """Of a quantized model as it was recorded; None where its size is unknown."""
+    """Of a quantized model as it was recorded; None where its size or its layers are unknown."""
     if record.status != "ok" or not record.parameters:
+        return None
+    if not record.layers and Scheme.parse(record.key.scheme).quantizes_weights:
         return None
     weights = sum(layer.shape[0] * layer.shape[1] for layer in record.layers)
     return Footprint(record.parameters, weights, sum(layer.stored_bits for layer in record.layers))

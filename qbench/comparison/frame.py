@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from qbench.comparison.headings import chance_level
+from qbench.comparison.run_costs import COST_COLUMNS, cost_columns
 from qbench.errors import QBenchError
 from qbench.record import QuantizationRecord, TaskRecord
 from qbench.scheme import Scheme
@@ -27,7 +28,7 @@ RUN_COLUMNS = (
     *("baseline", "hyperparameters", "baseline_version", "baseline_source", "seed"),
     *("calibration_source", "calibration_seqlen", "calibration_nsamples", "calibration_seed"),
     *("calibration_tokens", "parameters", "trained", "status", "error", "n_layers", "fallbacks"),
-    *("effective_bits", "quantization_dtype", "created"),
+    *("effective_bits", "quantization_dtype", "created", *COST_COLUMNS),
 )
 TASK_COLUMNS = (
     *("task", "protocol", "kind", "num_fewshot", "fewshot_seed", "limit", "encoding", "dtype"),
@@ -39,7 +40,7 @@ _INTEGERS = (
     *("calibration_nsamples", "calibration_seed", "parameters", "n_layers", "fallbacks"),
     *("num_fewshot", "fewshot_seed", "limit", "max_length", "task_version", "n_items"),
 )
-_FLOATS = ("wbits", "effective_bits", "chance", "value", "stderr")
+_FLOATS = ("wbits", "effective_bits", "chance", "value", "stderr", *COST_COLUMNS)
 
 
 def frame(store: Store) -> DataFrame:
@@ -108,7 +109,7 @@ def _run_columns(record: QuantizationRecord) -> dict[str, Any]:
     if key.calibration:
         for name in ("source", "seqlen", "nsamples", "seed", "tokens"):
             columns[f"calibration_{name}"] = getattr(key.calibration, name)
-    return columns | {"created": record.created}
+    return columns | cost_columns(record) | {"created": record.created}
 
 
 def _task_columns(record: TaskRecord) -> dict[str, Any]:
