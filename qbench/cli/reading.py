@@ -1,4 +1,4 @@
-"""``qbench list``, ``table`` and ``plot``: what is stored."""
+"""``qbench list``, ``table``, ``plot`` and ``report``: what is stored."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qbench.cli.application import DEFAULT_RESULTS, Names, Results, app
+from qbench.cli.application import DEFAULT_RESULTS, Data, Names, Results, app
 from qbench.errors import QBenchError
 
 
@@ -39,6 +39,10 @@ def table(
     scheme: Names = [],  # noqa: B006
     task: Names = [],  # noqa: B006
     num_fewshot: Annotated[int | None, typer.Option()] = None,
+    significance: Annotated[
+        str, typer.Option(help="off, fp16 (differs from full precision?) or best (really best?)")
+    ] = "off",
+    interval: Annotated[bool, typer.Option("--interval", help="95 % Wilson intervals.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o")] = None,
     results: Results = DEFAULT_RESULTS,
 ) -> None:
@@ -61,6 +65,8 @@ def table(
         schemes=scheme or None,
         tasks=task or None,
         num_fewshot=num_fewshot,
+        significance=significance,
+        interval=interval,
     )
     if output is None:
         print(text)
@@ -130,3 +136,49 @@ def plot(
             num_fewshot=num_fewshot,
         )
     print(path)
+
+
+@app.command()
+def report(
+    output: Annotated[Path, typer.Option("--output", "-o", help="A name ending in .html")],
+    data: Data = None,
+    no_texts: Annotated[bool, typer.Option("--no-texts", help="Leave all questions out.")] = False,
+    no_texts_of: Annotated[
+        list[str], typer.Option(help="Leave a task's questions out; repeat it or use patterns.")
+    ] = [],  # noqa: B006
+    metric: Annotated[str, typer.Option(help="acc, acc_norm or acc_token")] = "acc",
+    against: Annotated[str | None, typer.Option(help="A published table.")] = None,
+    significance: Annotated[
+        str, typer.Option(help="Marks in the table: fp16, best or off")
+    ] = "fp16",
+    checkpoint: Names = [],  # noqa: B006
+    baseline: Names = [],  # noqa: B006
+    scheme: Names = [],  # noqa: B006
+    task: Names = [],  # noqa: B006
+    num_fewshot: Annotated[int | None, typer.Option()] = None,
+    results: Results = DEFAULT_RESULTS,
+) -> None:
+    """Write everything stored as one HTML page that needs no network.
+
+    With --data the page shows the questions that were answered otherwise than in full precision.
+    """
+    from qbench.report.report import Choices
+    from qbench.report.report import report as make
+    from qbench.study.imports import uncollected
+    from qbench.study.store import Store
+
+    choices = Choices(
+        metric=metric,
+        against=against,
+        significance=significance,
+        data=None if no_texts else data,
+        without_texts=tuple(no_texts_of),
+        checkpoints=checkpoint or None,
+        baselines=baseline or None,
+        schemes=scheme or None,
+        tasks=task or None,
+        num_fewshot=num_fewshot,
+    )
+    with uncollected():  # pandas is imported in there
+        path = make(Store(results), output, choices)
+    print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")

@@ -10,6 +10,7 @@ Left out: which rows are compared with which, and how it is marked (:mod:`qbench
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -43,10 +44,10 @@ _SUMS = {
 
 @dataclass(frozen=True)
 class Number:
-    """A number of a table with the run it was measured on."""
+    """A number of a table with the run it was measured on, or the runs it is the mean of."""
 
-    run: str
-    """The folder of the run below the store, as in the long table; "" for a published row."""
+    runs: tuple[str, ...]
+    """Folders below the store, as in the long table, one per seed; none for a published row."""
     measured: Measured
 
 
@@ -101,15 +102,16 @@ class Tester:
     def _tested(self, reference: Number, number: Number, n: int) -> Verdict:
         import numpy as np
 
-        parts = list(self._parts(reference, number))
-        notes = tuple(dict.fromkeys(note for paired, _ in parts for note in paired.notes))
-        metric = parts[0][1]
-        if len(parts) == 1 and metric in SCORES:
+        parts = [self._part(*both) for both in _parts(reference, number)]
+        notes = tuple(dict.fromkeys(n for part in parts for each in part for n in each.notes))
+        metric = number.measured.metric
+        if len(parts) == len(parts[0]) == 1 and metric in SCORES:
             paired = parts[0][0]
             found = mcnemar(right(paired.a, metric), right(paired.b, metric))
             size, difference, p, test = found.n, found.difference, found.p, MCNEMAR
         else:
-            shares = [share for paired, name in parts for share in _shares(paired, name)]
+            names = [part.metric for part in number.measured.parts] or [metric]
+            shares = [s for p, name in zip(parts, names, strict=True) for s in _over_seeds(p, name)]
             size, every = sum(map(len, shares)), np.concatenate(shares) / len(shares)
             p, test = sign_flips(every, self.seed, n), RANDOMIZATION
             if p is None:
@@ -118,22 +120,27 @@ class Tester:
         better = None if difference == 0 else (difference < 0) == number.measured.lower_is_better
         return Verdict(size, difference, better, test, p, notes=notes)
 
-    def _parts(self, reference: Number, number: Number) -> Iterator[tuple[Paired, str]]:
-        """The paired items of a number, or of every task a mean is over."""
-        ours, theirs = _parts_of(number.measured), _parts_of(reference.measured)
-        if [part.task for part in ours] != [part.task for part in theirs]:
-            raise NotPaired("the two are means over other tasks")
-        for own, other in zip(ours, theirs, strict=True):
-            if own.metric != other.metric:
-                raise NotPaired(f"measured differently: metric {other.metric} and {own.metric}")
-            if own.metric not in SCORES and own.metric not in _SUMS:
-                raise NotPaired(f"there is no paired test for {own.metric}")
-            a, b = self._measurement(reference.run, other), self._measurement(number.run, own)
-            yield pair(a, b), own.metric
+    def _part(self, a: Number, b: Number) -> list[Paired]:
+        """The paired items of two numbers; of rows of several seeds, each run of both alike often.
+
+        The mean of b's runs less that of a's is the mean over these pairs.
+        """
+        if a.measured.metric != b.measured.metric:
+            other = f"{a.measured.metric} and {b.measured.metric}"
+            raise NotPaired(f"measured differently: metric {other}")
+        if b.measured.metric not in SCORES and b.measured.metric not in _SUMS:
+            raise NotPaired(f"there is no paired test for {b.measured.metric}")
+        if not (a.runs and b.runs and a.measured.conditions and b.measured.conditions):
+            raise NotPaired("a published number has no items")
+        return [
+            pair(
+                self._measurement(a.runs[turn % len(a.runs)], a.measured),
+                self._measurement(b.runs[turn % len(b.runs)], b.measured),
+            )
+            for turn in range(math.lcm(len(a.runs), len(b.runs)))
+        ]
 
     def _measurement(self, run: str, measured: Measured) -> Measurement:
-        if not run or not measured.conditions:
-            raise NotPaired("a published number has no items")
         if not self._runs:
             self._runs = {
                 found.path.relative_to(self.store.root).as_posix(): found
@@ -148,8 +155,14 @@ class Tester:
         return self._items[key]
 
 
-def _parts_of(measured: Measured) -> tuple[Measured, ...]:
-    return measured.parts or (measured,)
+def _parts(a: Number, b: Number) -> list[tuple[Number, Number]]:
+    """The two numbers, or those that two means are over, task by task."""
+    ours, theirs = a.measured.parts or (a.measured,), b.measured.parts or (b.measured,)
+    if [part.task for part in ours] != [part.task for part in theirs]:
+        raise NotPaired("the two are means over other tasks")
+    return [
+        (Number(a.runs, one), Number(b.runs, two)) for one, two in zip(ours, theirs, strict=True)
+    ]
 
 
 def _record(run: Run, measured: Measured) -> TaskRecord:
@@ -163,6 +176,14 @@ def _record(run: Run, measured: Measured) -> TaskRecord:
         if record.key.task == measured.task and told == measured.conditions:
             return record
     raise NotPaired(f"the measurement of {measured.task} is not in {run.path.name} any more")
+
+
+def _over_seeds(pairs: Sequence[Paired], metric: str) -> list[ndarray]:
+    """What every item adds to the difference, on average over the pairs of runs."""
+    found = [list(_shares(paired, metric)) for paired in pairs]
+    if len({tuple(map(len, shares)) for shares in found}) > 1:
+        raise NotPaired("the seeds were not measured on the same items")
+    return [sum(same[1:], start=same[0]) / len(same) for same in zip(*found, strict=True)]
 
 
 def _shares(paired: Paired, metric: str) -> Iterator[ndarray]:

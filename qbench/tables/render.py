@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from qbench.tables.sheet import Column, Sheet
+from qbench.tables.sheet import Cell, Column, Sheet
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -37,7 +37,8 @@ _FACTS = (
 )
 _CONDITIONS = ("protocol", "num_fewshot", "limit", "encoding", "dtype", "max_length")
 _HEADER = (*_FACTS, "task", "metric", *_CONDITIONS)
-_NUMBERS = ("n_items", "value", "stderr", "best", "notes")
+_TESTED = ("low", "high", "test", "p", "p_holm", "verdict")
+_NUMBERS = ("n_items", "value", "stderr", "best", *_TESTED, "notes")
 
 _LATEX = {
     **{char: "\\" + char for char in "&%$#_{}"},
@@ -45,6 +46,7 @@ _LATEX = {
     **{char: f"${char}$" for char in "<>|"},
     **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
     **{"±": r"$\pm$", "−": "$-$", "Δ": r"$\Delta$", "∞": r"$\infty$", "†": r"\dag{}"},
+    **{"▼": r"$\blacktriangledown$", "▲": r"$\blacktriangle$"},
     **{"–": "--", "✓": r"\checkmark{}", "✗": r"$\times$"},
 }
 _CSS = """
@@ -168,9 +170,23 @@ def tidy_csv(sheet: Sheet) -> str:
             values = {name: getattr(number, name) for name in ("task", "metric", "n_items")}
             values |= {name: number.conditions.get(name) for name in _CONDITIONS}
             values |= {"value": number.value, "stderr": number.stderr, "best": cell.best}
+            values |= _tested(cell)
             values["notes"] = "; ".join([*notes, *cell.notes])
             writer.writerow((of_row if cell.facts is None else _facts(cell.facts)) | values)
     return text.getvalue()
+
+
+def _tested(cell: Cell) -> dict[str, Any]:
+    """The interval and the paired test of a number, where they were asked for."""
+    low, high = cell.interval or (None, None)
+    verdict = cell.verdict
+    if verdict is None:
+        return {"low": low, "high": high}
+    word = "not significant" if verdict.p is not None else "not tested"
+    if verdict.significant:
+        word = "better" if verdict.better else "worse"
+    tested = {"test": verdict.test, "p": verdict.p, "p_holm": verdict.adjusted, "verdict": word}
+    return {"low": low, "high": high, **tested}
 
 
 def _facts(facts: dict[str, Any]) -> dict[str, Any]:

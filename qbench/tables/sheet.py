@@ -12,6 +12,7 @@ from typing import Any
 
 from qbench.comparison.entries import Measured
 from qbench.comparison.headings import MISSING
+from qbench.comparison.significance import Verdict
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,10 @@ class Cell:
     """False where it was measured differently from the rest of the column."""
     facts: dict[str, Any] | None = None
     """The facts of the number's own run, in a table whose rows hold several runs."""
+    verdict: Verdict | None = None
+    """What the paired test against the table's reference says, where there was one."""
+    interval: tuple[float, float] | None = None
+    """The interval that stands in place of the standard error."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,13 @@ def divergence_text(value: float) -> str:
     if value == 0:
         return "0"
     return f"{value:#.3g}".rstrip(".") if value < 1000 else f"{value:.0f}"
+
+
+def spread_text(value: float, percent: bool) -> str:
+    """A standard deviation: 0.4 in percent; else with two digits, 0.031, 1.2, 340."""
+    if percent:
+        return f"{100 * value:.1f}"
+    return f"{value:.2g}" if value < 100 else perplexity_text(value)
 
 
 def accuracy_text(value: float, stderr: float | None = None) -> str:

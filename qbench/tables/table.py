@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 
 from qbench.comparison.entries import Entry, entries, select
 from qbench.comparison.frame import frame
+from qbench.comparison.seeds import merged
 from qbench.errors import QBenchError, unknown
 from qbench.study.store import Store
 from qbench.tables import render
 from qbench.tables.layouts import BY_SIZE, LAYOUTS, Options, lay_out
+from qbench.tables.marks import with_intervals, with_significance
 from qbench.tables.sheet import Sheet
 
 if TYPE_CHECKING:
@@ -43,6 +45,8 @@ def table(
     schemes: Sequence[str] | None = None,
     tasks: Sequence[str] | None = None,
     num_fewshot: int | None = None,
+    significance: str = "off",
+    interval: bool = False,
 ) -> str:
     """Everything stored, as text.
 
@@ -61,6 +65,10 @@ def table(
         schemes: keep these only, by label (``W4A16``) or full text.
         tasks: keep these columns only.
         num_fewshot: keep measurements with this many examples only.
+        significance: ``fp16`` marks what differs significantly from the full-precision row,
+            ``best`` shares the bold mark with rows that are not significantly worse than the best
+            of their width, ``off`` tests nothing (:mod:`qbench.tables.marks`).
+        interval: give accuracies their 95 % Wilson interval instead of the standard error.
 
     Raises:
         QBenchError: for an empty store, an unknown name or filters that leave nothing.
@@ -80,6 +88,8 @@ def table(
     of = metric if metric in METRICS else METRICS[0]
     shown = stored_entries(store, of, num_fewshot=num_fewshot, **rows, **quantized)
     sheet = lay_out(layout, shown, Options(metric, against, delta, asked))
+    sheet = with_significance(sheet, store, significance)
+    sheet = with_intervals(sheet) if interval else sheet
     return render.terminal(sheet, width) if format == "terminal" else FORMATS[format](sheet)
 
 
@@ -92,8 +102,11 @@ def stored_entries(
     schemes: Sequence[str] | None = None,
     tasks: Sequence[str] | None = None,
     num_fewshot: int | None = None,
+    each_seed: bool = False,
 ) -> list[Entry]:
     """The rows behind tables and plots, filtered as :func:`table` says.
+
+    Runs that differ in their seed alone are one row, unless ``each_seed`` is set.
 
     Raises:
         QBenchError: for an empty store, an unknown name or filters that leave nothing.
@@ -101,7 +114,8 @@ def stored_entries(
     if metric not in METRICS:
         raise unknown("metric", metric, METRICS)
     chosen = select(_stored(store), checkpoints, baselines, schemes, tasks, num_fewshot)
-    return entries(chosen, metric)
+    found = entries(chosen, metric)
+    return found if each_seed else merged(found)
 
 
 def asked_for(
