@@ -54,6 +54,14 @@ class Point:
     """Whether a curve through its series is fitted on it."""
     run: str = ""
     """Its place in the store; "" for what was not measured here."""
+    draws: tuple[float, ...] = ()
+    """The number of every seed, where ``y`` is their mean."""
+
+    @property
+    def band(self) -> tuple[float, float] | None:
+        """The lowest and the highest finite number of its seeds, None for a point of one."""
+        finite = [draw for draw in self.draws if math.isfinite(draw)]
+        return (min(finite), max(finite)) if len(finite) > 1 else None
 
 
 @dataclass
@@ -173,6 +181,10 @@ def caption(
             limits = {}
         tasks = ", ".join(panels[0].tasks)
         lines.append(f"Mean of {tasks} ({', '.join(how)}); bars: standard error.")
+    seeds = sorted({len(p.draws) for panel in panels for p in panel.points if p.band})
+    if seeds:
+        count = "/".join(map(str, seeds))
+        lines.append(f"Shaded: lowest to highest of {count} seeds; markers are at their mean.")
     for limit in sorted(set(limits.values())):
         names = ", ".join(name for name, own in limits.items() if own == limit)
         lines.append(f"{say('limit', limit)}: {names}")
@@ -215,6 +227,7 @@ def _add(panel: Panel, entry: Entry, number: Measured, x: str, different: set[st
             comparable=not different,
             mixed=entry.mixed,
             run=facts.get("run") or "",
+            draws=number.draws,
         )
     )
 

@@ -4,7 +4,8 @@ Hollow markers are quantized weights with 16-bit activations, half-filled ones h
 activations too, filled stars were trained at their width. The line joins the best post-training
 point of each weight width; runs with per-layer overrides are pale and never on it. With ``wbits``
 on the axis, methods are set a little apart so that they do not hide each other. A perplexity that
-is infinite or NaN stands in a band at the top.
+is infinite or NaN stands in a band at the top. Rows of several seeds stand at their mean, shaded
+from the lowest to the highest seed, and so is the line where it joins them.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ _AXIS_LABELS = {
     "wbits": "bits per weight, nominal",
     "effective_bits": "effective bits per weight (scales and zero points included)",
 }
+_BAND = 7  # width of the bar over the seeds of a point, in points
 _STEP = 0.06  # height of one diverged marker, as a share of the axes
 
 
@@ -89,15 +91,32 @@ def _draw_panel(
         across = [places[id(point)] for point in best]
         up = [scale * point.y for point in best]
         axes.plot(across, up, color=GREY, linewidth=1.2, zorder=2, label="_best")
+        _shade_line(axes, best, across, scale)
     for point in panel.points:
         if math.isfinite(point.y):
             error = scale * point.stderr if accuracy and point.stderr is not None else None
-            mark(axes, places[id(point)], scale * point.y, error, _look(point, styles))
+            look = _look(point, styles)
+            if point.band is not None:
+                low, high = (scale * end for end in point.band)
+                axes.vlines(
+                    places[id(point)], low, high, color=look["color"], linewidth=_BAND, alpha=0.3,
+                    zorder=2.5, label="_band",
+                )  # fmt: skip
+            mark(axes, places[id(point)], scale * point.y, error, look)
     _name_stars(axes, panel, places, scale)
     _draw_diverged(axes, panel, places, styles)
     axes.set_xlabel(_AXIS_LABELS[x])
     axes.set_title(panel.title, fontsize=9)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.6, zorder=0)
+
+
+def _shade_line(axes: Axes, best: Sequence[Point], across: Sequence[float], scale: int) -> None:
+    """The noise band of the line over the best points, where seeds are known of any of them."""
+    if not any(point.band for point in best):
+        return
+    ends = [point.band or (point.y, point.y) for point in best]
+    low, high = ([scale * end[side] for end in ends] for side in (0, 1))
+    axes.fill_between(across, low, high, color=GREY, alpha=0.15, linewidth=0, zorder=1.5)
 
 
 def _name_stars(axes: Axes, panel: Panel, places: dict[int, float], scale: int) -> None:
