@@ -86,7 +86,7 @@ def plot(
         str | None,
         typer.Option(
             help="accuracy-vs-bits, perplexity-vs-bits, accuracy-vs-size, loss-vs-size, heatmap, "
-            "layer-errors"
+            "layer-errors, bitnet-fig1, bitnet-fig3, bitnet-fig6"
         ),
     ] = None,
     metric: Annotated[

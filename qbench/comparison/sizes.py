@@ -76,21 +76,23 @@ def is_latent(entry: Entry) -> bool:
 
 
 def in_families(
-    entries: Sequence[Entry], asked: Collection[str] | None = None
+    entries: Sequence[Entry], asked: Collection[str] | None = None, published_ptq: bool = False
 ) -> tuple[list[Entry], list[str]]:
     """The rows with their family as ``series``, and the names of quantized ones left out.
 
     Args:
         entries: rows, measured and published.
-        asked: the runs of quantized rows that are wanted; None wants all. Published quantized rows
-            are never shown.
+        asked: the runs of quantized rows that are wanted; None wants all.
+        published_ptq: whether published quantized rows are shown.
     """
     shown: list[Entry] = []
     left_out: list[Entry] = []
     for entry in entries:
-        if role(entry) == "ptq" and entry.source != "measured":
+        published = entry.source != "measured"
+        if role(entry) == "ptq" and published and not published_ptq:
             continue
-        wanted = role(entry) != "ptq" or asked is None or entry.facts["run"] in asked
+        own = role(entry) != "ptq" or published
+        wanted = own or asked is None or entry.facts["run"] in asked
         (shown if wanted else left_out).append(entry)
     schemes: dict[str, set[str]] = defaultdict(set)
     for entry in shown:
@@ -289,6 +291,7 @@ def _add(
                 mixed=entry.mixed,
                 published=published,
                 fitted=bool(entry.facts.get("fitted", True)),
+                run=entry.facts.get("run") or "",
             )
         )
         return True

@@ -71,24 +71,25 @@ def draw_against_size(
     panels = accuracy_panels(shown) if accuracy else loss_panels(shown, metric)
     panels = with_sizes(panels, "accuracies" if accuracy else "losses")
     about = [*size_caption(shown, panels, accuracy, metric), *left_out_line(left_out)]
-    looks = _looks(panels)
+    looks = family_looks(panels)
     with our_style():
         figure, grid, width = empty_figure(len(panels), width_in, share_y=accuracy)
         drawn = [axes for row in grid for axes in row]
         for axes, panel in zip(drawn, panels, strict=True):
-            _draw_panel(axes, panel, looks, accuracy)
+            draw_panel(axes, panel, looks, accuracy)
         for row in grid:
-            row[0].set_ylabel(f"mean {metric} (%)" if accuracy else _loss_label(panels))
-        _align_x(drawn, panels, width / len(grid[0]) - 0.8)
-        lines = _legend(figure, panels, looks, about, width)
+            row[0].set_ylabel(f"mean {metric} (%)" if accuracy else loss_label(panels))
+        align_sizes(drawn, panels, width / len(grid[0]) - 0.8)
+        lines = size_legend(figure, panels, looks, about, width)
         height = panel_height(width, len(grid[0]))
         figure.set_size_inches(width, height * len(grid) + 0.17 * lines + 0.3)
     return figure
 
 
-def _draw_panel(
+def draw_panel(
     axes: Axes, panel: SizePanel, looks: dict[str, dict[str, Any]], accuracy: bool
 ) -> None:
+    """The points of a panel, and what joins them."""
     axes.set_xscale("log")
     axes.margins(y=0.1)
     scale = 100 if accuracy else 1
@@ -130,7 +131,7 @@ def _best_per_size(points: Sequence[Point], lower: bool) -> list[Point]:
     return [min((p for p in points if p.x == size), key=lambda p: sign * p.y) for size in sizes]
 
 
-def _align_x(drawn: Sequence[Axes], panels: Sequence[SizePanel], room_in: float) -> None:
+def align_sizes(drawn: Sequence[Axes], panels: Sequence[SizePanel], room_in: float) -> None:
     """Sizes alike in every panel, labelled where there is room between two of them."""
     sizes = sorted({point.x for panel in panels for point in panel.points})
     octaves = math.log2(sizes[-1] / sizes[0])
@@ -147,7 +148,7 @@ def _align_x(drawn: Sequence[Axes], panels: Sequence[SizePanel], room_in: float)
         axes.set_xlim(sizes[0] / margin, sizes[-1] * margin)
 
 
-def _looks(panels: Sequence[SizePanel]) -> dict[str, dict[str, Any]]:
+def family_looks(panels: Sequence[SizePanel]) -> dict[str, dict[str, Any]]:
     """Colour and shape of each family: the same in every panel, measured or published."""
     families: dict[str, Point] = {}
     for panel in panels:
@@ -179,12 +180,13 @@ def _filled(look: dict[str, Any], hollow: bool) -> dict[str, Any]:
     return look | {"markeredgecolor": "white", "markeredgewidth": 0.6}
 
 
-def _loss_label(panels: Sequence[SizePanel]) -> str:
+def loss_label(panels: Sequence[SizePanel]) -> str:
+    """What stands beside an axis of losses."""
     units = {panel.unit for panel in panels}
     return f"loss (bits per {units.pop()})" if len(units) == 1 else "loss (bits)"
 
 
-def _legend(
+def size_legend(
     figure: Figure,
     panels: Sequence[SizePanel],
     looks: dict[str, dict[str, Any]],

@@ -7,6 +7,7 @@ figure looks like stands in a module of its own, and only that of the wanted kin
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,11 +26,17 @@ if TYPE_CHECKING:
 
 KINDS = (
     *("accuracy-vs-bits", "perplexity-vs-bits", "accuracy-vs-size", "loss-vs-size"),
-    *("heatmap", "layer-errors"),
+    *("heatmap", "layer-errors", "bitnet-fig1", "bitnet-fig3", "bitnet-fig6"),
 )
 BY_SIZE = KINDS[2:4]
-OF_THEIR_OWN = KINDS[4:]
-"""Kinds that read the store themselves."""
+_OF_THEIR_OWN = {
+    "heatmap": ("heatmap", "draw_heatmap"),
+    "layer-errors": ("profile", "draw_layer_errors"),
+    "bitnet-fig1": ("paper_bits", "draw_bitnet_fig1"),
+    "bitnet-fig3": ("paper_sizes", "draw_bitnet_fig3"),
+    "bitnet-fig6": ("paper_sizes", "draw_bitnet_fig6"),
+}
+"""Kinds that read the store themselves -> module in this folder, and its function."""
 
 
 def plot(
@@ -72,7 +79,7 @@ def plot(
     """
     output = Path(output)
     check_suffix(output)
-    if kind in OF_THEIR_OWN:
+    if kind in _OF_THEIR_OWN:
         wanted = Wanted(
             store, kind, metric, against, width_in, checkpoints, baselines, schemes, tasks,
             num_fewshot,
@@ -144,13 +151,9 @@ def _draw_its_own(wanted: Wanted, x: str) -> Figure:
     """A figure of a kind that reads the store itself."""
     if x != X_AXES[0]:
         raise QBenchError(f"{wanted.kind} has its own axes; leave --x out")
-    if wanted.kind == "heatmap":
-        from qbench.plots.heatmap import draw_heatmap
-
-        return draw_heatmap(wanted)
-    from qbench.plots.profile import draw_layer_errors
-
-    return draw_layer_errors(wanted)
+    module, name = _OF_THEIR_OWN[wanted.kind]
+    figure: Figure = getattr(import_module(f"qbench.plots.{module}"), name)(wanted)
+    return figure
 
 
 def _kind_and_metric(kind: str | None, metric: str) -> tuple[str, str]:

@@ -38,11 +38,7 @@ def draw_layer_errors(wanted: Wanted) -> Figure:
     metric = ERRORS[0] if wanted.metric == METRICS[0] else wanted.metric
     if metric not in ERRORS:
         raise unknown("error of a matrix", metric, ERRORS)
-    root = wanted.store.root
-    records = {
-        run.path.relative_to(root).as_posix(): run.quantization for run in wanted.store.runs()
-    }
-    return draw_profile(profile(wanted.entries(), records, metric), wanted.width_in)
+    return draw_profile(profile(wanted.entries(), wanted.records(), metric), wanted.width_in)
 
 
 def draw_profile(shown: Profile, width_in: float | None) -> Figure:

@@ -33,7 +33,7 @@ TRAINED_LOOKS: dict[float, tuple[str, Any]] = {1.0: (TRAINED, "*"), 1.58: ("#990
 OTHER_TRAINED: tuple[str, Any] = ("#332288", (6, 1, 0))
 NARROW_IN = 5.0
 """Under this width a figure stands in one column of a page."""
-PANEL_IN = 2.3
+PANEL_IN = 2.2
 """The narrowest panel that is legible, in inches."""
 SMALLEST_PT = 6.0
 """No text is smaller, in points, at any width."""
@@ -185,11 +185,13 @@ def legend_below(
     handles = [
         Line2D([], [], label=name, **({"linestyle": "none"} | look)) for name, look in entries
     ]
+    letter, font, title_font = (0.05, 7, 6.5) if width < NARROW_IN else (0.06, 8, 7)
     longest = max(len(name) for name, _ in entries)
-    columns = max(1, min(len(entries), int(width / (0.06 * longest + 0.45))))
-    title = [line for text in about for line in textwrap.wrap(text, int(width * 16))]
+    columns = max(1, min(len(entries), int(width / (letter * longest + 0.45))))
+    letters = int(width * (18 if width < NARROW_IN else 16))
+    title = [line for text in about for line in textwrap.wrap(text, letters)]
     figure.legend(
-        handles=handles, loc="outside lower center", ncols=columns, fontsize=8, frameon=False,
-        title="\n".join(title), title_fontsize=7,
+        handles=handles, loc="outside lower center", ncols=columns, fontsize=font, frameon=False,
+        title="\n".join(title), title_fontsize=title_font,
     )  # fmt: skip
     return math.ceil(len(entries) / columns) + len(title)
