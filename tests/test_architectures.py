@@ -8,14 +8,15 @@ from __future__ import annotations
 import pytest
 import torch
 from invented_architecture import odd_model, odd_windows
+from registered import built_in
 from transformers.pytorch_utils import Conv1D
 
 from qbench import Scheme, get_grid, quantize_model, rows_of
 from qbench.models.blocks import find_blocks
-from qbench.registry import baseline_entry_points, load_baseline
+from qbench.registry import load_baseline
 from qbench.testing import ARCHITECTURES, tiny_model, tiny_windows
 
-METHODS = sorted(set(baseline_entry_points()) - {"none"})
+METHODS = sorted(set(built_in()) - {"none"})
 SCHEMES = ("W4A16", "W4A4", "W2A16", "W1A8")  # 2310.11453 section 4.1
 MODELS = [*ARCHITECTURES, "invented"]
 MATRIX = [(a, b, s) for a in MODELS for b in METHODS for s in SCHEMES]

@@ -8,14 +8,15 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from registered import built_in
 
 from qbench import Baseline, CannotQuantize, QBenchError, QuantizedWeight, round_to_nearest
-from qbench.registry import baseline_entry_points, load_baseline
+from qbench.registry import load_baseline
 from qbench.scheme import WEIGHT_BITS
 from qbench.testing import check_baseline
 from qbench.testing.conformance import CHECKS, claimed
 
-BASELINES = sorted(baseline_entry_points())
+BASELINES = built_in()
 VARIANTS = {  # options that change how a method works, not only how strongly
     "rtn": [{"mse": True}],
     "smoothquant": [{"alpha": 0.9}],

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from registered import built_in
 
 from qbench.baseline import resolve_scheme
 from qbench.errors import QBenchError
@@ -413,10 +414,10 @@ def test_the_readmes_table_of_grids_is_the_codes():
 
 
 def test_the_readmes_table_of_default_grids_is_what_auto_means():
-    from qbench.registry import baseline_entry_points, load_baseline
+    from qbench.registry import load_baseline
 
     table = readme_table("baseline")
-    quantizing = set(baseline_entry_points()) - {"none"}
+    quantizing = set(built_in()) - {"none"}
     assert quantizing <= {row["baseline"] for row in table} <= quantizing | {"none"}
     for row in table:
         if row["baseline"] == "none":

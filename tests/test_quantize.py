@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from invented_architecture import odd_model, odd_windows
+from registered import built_in
 from transformers import AutoModelForCausalLM
 
 from qbench import (
@@ -35,14 +36,14 @@ from qbench.quantization.calibration import capture
 from qbench.quantization.passes import collect
 from qbench.quantization.rounding import quadratic
 from qbench.record import BaselineSpec, QuantizationKey, QuantizationRecord
-from qbench.registry import baseline_entry_points, load_baseline
+from qbench.registry import load_baseline
 from qbench.testing import tiny_model, tiny_tokenizer, tiny_windows
 from qbench_baselines.gptq import GPTQ
 from qbench_baselines.quip import QuIP
 from qbench_baselines.rtn import RTN
 from qbench_baselines.smoothquant import SmoothQuant
 
-BASELINES = sorted(baseline_entry_points())
+BASELINES = built_in()
 QUANTIZING = [name for name in BASELINES if name != "none"]
 WINDOWS, TEST = tiny_windows(4, 24), tiny_windows(2, 20, seed=9)
 UNREACHED = {  # of the invented architecture
