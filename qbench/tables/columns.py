@@ -12,7 +12,17 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from qbench.comparison.entries import Entry, Key, common, deviations, is_agreement, mean_of, say
+from qbench.comparison.entries import (
+    Entry,
+    Key,
+    Measured,
+    common,
+    deviations,
+    is_agreement,
+    mean_of,
+    say,
+)
+from qbench.comparison.seeds import n_seeds, spread
 from qbench.tables.sheet import (
     MISSING,
     Cell,
@@ -21,6 +31,7 @@ from qbench.tables.sheet import (
     difference_text,
     divergence_text,
     perplexity_text,
+    spread_text,
 )
 
 
@@ -86,7 +97,7 @@ def mean_column(
             continue
         mean = mean_of([m for m in numbers if m is not None])
         comparable = all(cell.comparable for cell in row)
-        text = accuracy_text(mean.value or 0.0, mean.stderr if stderr else None)
+        text = _with_spread(accuracy_text(mean.value or 0.0, mean.stderr if stderr else None), mean)
         note = () if comparable else ("mean over numbers that were not all measured alike",)
         cells.append(Cell(text, note, measured=mean, comparable=comparable))
     if not parts:
@@ -120,8 +131,8 @@ def _score(entry: Entry, key: Key, usual: dict[str, object], stderr: bool) -> Ce
     number = entry.cells.get(key)
     if number is None:
         status = entry.facts.get("status") if usual else None  # no verdict where nobody measured
-        if usual and is_agreement(key) and entry.source == "measured" and not entry.ptq:
-            status = "not_applicable"  # it came quantized: there is nothing it could agree with
+        if usual and is_agreement(key) and entry.trained:
+            status = "not_applicable"  # there is nothing it could agree with
         return Cell({"failed": "failed", "not_applicable": "n/a"}.get(str(status), MISSING))
     if number.value is None:
         return Cell("failed", number.notes, measured=number)
@@ -133,7 +144,16 @@ def _score(entry: Entry, key: Key, usual: dict[str, object], stderr: bool) -> Ce
         text = divergence_text(number.value)
     else:
         text = accuracy_text(number.value, number.stderr if stderr else None)
-    return Cell(text, notes, measured=number, comparable=not different)
+    return Cell(_with_spread(text, number), notes, measured=number, comparable=not different)
+
+
+def _with_spread(text: str, number: Measured) -> str:
+    """A number's text with its standard deviation over seeds: "61.2 ± 0.9 (sd 0.4)"."""
+    over_seeds = spread(number)
+    if over_seeds is None or not math.isfinite(over_seeds):
+        return text
+    percent = number.kind in ("accuracy", "agreement")
+    return f"{text} (sd {spread_text(over_seeds, percent)})"
 
 
 def _best(entries: Sequence[Entry], cells: list[Cell]) -> list[Cell]:
@@ -158,6 +178,8 @@ def _best(entries: Sequence[Entry], cells: list[Cell]) -> list[Cell]:
 
 
 def _method(entry: Entry) -> str:
+    if n_seeds(entry) > 1:
+        return f"{entry.method} ({n_seeds(entry)} seeds)"
     return f"{entry.method} (published)" if entry.source == "published" else entry.method
 
 
