@@ -50,6 +50,7 @@ TORCH_FREE = """
     qbench.models.checkpoints
     qbench.study.store qbench.comparison.frame qbench.comparison.entries qbench.tables.table
     qbench.tables.layouts qbench.tables.columns qbench.tables.sheet qbench.tables.render
+    qbench.tables.published
     qbench.comparison.statistics qbench.comparison.pairing
     qbench.comparison.headings qbench.comparison.panels qbench.comparison.reference
     qbench.plots.plot

@@ -13,10 +13,12 @@ from qbench.errors import QBenchError
 
 @app.command("list")
 def list_(
-    what: Annotated[str, typer.Argument(help="baselines, tasks, corpora, runs or checkpoints")],
+    what: Annotated[
+        str, typer.Argument(help="baselines, tasks, corpora, runs, checkpoints or published")
+    ],
     results: Results = DEFAULT_RESULTS,
 ) -> None:
-    """List baselines, tasks, corpora, runs or checkpoints."""
+    """List baselines, tasks, corpora, runs, checkpoints or published tables."""
     from qbench.study import listing
 
     for line in listing.lines(what, results):
@@ -33,6 +35,9 @@ def table(
     ] = "acc",
     format: Annotated[str, typer.Option(help="terminal, md, latex, csv or html")] = "terminal",
     against: Annotated[str | None, typer.Option(help="A published table.")] = None,
+    published: Annotated[
+        str | None, typer.Option(help="Print this published table alone; see list published.")
+    ] = None,
     delta: Annotated[bool, typer.Option(help="Difference to full precision.")] = False,
     checkpoint: Names = [],  # noqa: B006
     baseline: Names = [],  # noqa: B006
@@ -46,27 +51,33 @@ def table(
     output: Annotated[Path | None, typer.Option("--output", "-o")] = None,
     results: Results = DEFAULT_RESULTS,
 ) -> None:
-    """Print everything stored as a table."""
+    """Print everything stored as a table, or a published one."""
     import shutil
 
     from qbench.study.store import Store
+    from qbench.tables.table import published_table
     from qbench.tables.table import table as make
 
-    text = make(
-        Store(results),
-        layout,
-        metric=metric,
-        against=against,
-        delta=delta,
-        format=format,
-        width=max(shutil.get_terminal_size((120, 24)).columns, 60),
-        checkpoints=checkpoint or None,
-        baselines=baseline or None,
-        schemes=scheme or None,
-        tasks=task or None,
-        num_fewshot=num_fewshot,
-        significance=significance,
-        interval=interval,
+    width = max(shutil.get_terminal_size((120, 24)).columns, 60)
+    text = (
+        published_table(published, format, width)
+        if published
+        else make(
+            Store(results),
+            layout,
+            metric=metric,
+            against=against,
+            delta=delta,
+            format=format,
+            width=width,
+            checkpoints=checkpoint or None,
+            baselines=baseline or None,
+            schemes=scheme or None,
+            tasks=task or None,
+            num_fewshot=num_fewshot,
+            significance=significance,
+            interval=interval,
+        )
     )
     if output is None:
         print(text)
@@ -182,3 +193,26 @@ def report(
     with uncollected():  # pandas is imported in there
         path = make(Store(results), output, choices)
     print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
+
+
+@app.command()
+def compare(
+    run_a: Annotated[str, typer.Argument(help="Folder, checkpoint/scheme/baseline, or beginning.")],
+    run_b: Annotated[str, typer.Argument(help="The other run: differences are B less A.")],
+    metric: Annotated[str, typer.Option(help="acc, acc_norm or acc_token")] = "acc",
+    task: Annotated[list[str], typer.Option(help="Keep this task only; repeat it.")] = [],  # noqa: B006
+    items: Annotated[int, typer.Option(min=0, help="Changed answers shown per task.")] = 10,
+    data: Data = None,
+    results: Results = DEFAULT_RESULTS,
+) -> None:
+    """Compare two stored runs: settings, tested differences, and answers that changed.
+
+    With --data the texts of these questions are read from there and shown.
+    """
+    import shutil
+
+    from qbench.tables.two_runs import compare_text
+
+    width = max(shutil.get_terminal_size((120, 24)).columns, 60)
+    kept = {"metric": metric, "tasks": task, "items": items, "data": data}
+    print(compare_text(results, run_a, run_b, width=width, **kept), end="")

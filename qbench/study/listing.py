@@ -21,6 +21,7 @@ def lines(what: str, results: Path) -> Iterator[str]:
         "corpora": _corpora,
         "runs": lambda: _runs(results),
         "checkpoints": lambda: _checkpoints(results),
+        "published": _published,
     }
     if what not in kinds:
         raise unknown("kind", what, kinds)
@@ -58,6 +59,25 @@ def _corpora() -> Iterator[str]:
     from qbench.evaluation.corpora import known_corpora
 
     return _aligned(known_corpora())
+
+
+def _published() -> Iterator[str]:
+    """Each published table, where it stands, and how many numbers it has."""
+    import csv
+    from importlib.resources import files
+
+    found = {}
+    for path in (files("qbench_results") / "reference").iterdir():
+        if path.name.endswith(".csv"):
+            with path.open(encoding="utf-8", newline="") as file:
+                lines = list(csv.DictReader(file))
+            tables = list(dict.fromkeys(line["table"] for line in lines))
+            where = ", ".join(tables) if len(tables) < 4 else f"{tables[0]} and others"
+            errors = sum(line["printed_error"] != "" for line in lines)
+            marked = f", {errors} marked as misprinted" if errors else ""
+            text = f"{lines[0]['paper']}, {where}: {len(lines)} numbers{marked}"
+            found[path.name.removesuffix(".csv").replace("_", "-")] = text
+    return _aligned(dict(sorted(found.items())))
 
 
 def _runs(results: Path) -> Iterator[str]:

@@ -16,6 +16,7 @@ from qbench.study.store import Store
 from qbench.tables import render
 from qbench.tables.layouts import BY_SIZE, LAYOUTS, Options, lay_out
 from qbench.tables.marks import with_intervals, with_significance
+from qbench.tables.published import published_csv, published_sheet
 from qbench.tables.sheet import Sheet
 
 if TYPE_CHECKING:
@@ -90,6 +91,25 @@ def table(
     sheet = lay_out(layout, shown, Options(metric, against, delta, asked))
     sheet = with_significance(sheet, store, significance)
     sheet = with_intervals(sheet) if interval else sheet
+    return render.terminal(sheet, width) if format == "terminal" else FORMATS[format](sheet)
+
+
+def published_table(name: str, format: str = "md", width: int = 100) -> str:
+    """One published table as its paper lays it out, without any store; as CSV the file behind it.
+
+    Args:
+        name: as ``qbench list published`` has it.
+        format: ``md``, ``latex``, ``csv``, ``html`` or ``terminal``.
+        width: characters in a line, for the terminal.
+
+    Raises:
+        QBenchError: for an unknown name.
+    """
+    if format not in FORMATS:
+        raise unknown("format", format, FORMATS)
+    if format == "csv":
+        return published_csv(name)
+    sheet = published_sheet(name)
     return render.terminal(sheet, width) if format == "terminal" else FORMATS[format](sheet)
 
 
