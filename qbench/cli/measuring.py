@@ -1,4 +1,4 @@
-"""``qbench run``, ``sweep``, ``demo``, ``check`` and ``doctor``."""
+"""``qbench run``, ``sweep``, ``reproduce``, ``demo``, ``check`` and ``doctor``."""
 
 from __future__ import annotations
 
@@ -104,6 +104,72 @@ def sweep(
     from qbench.study import commands
 
     sys.exit(commands.sweep(file, data, results, dry_run, retry_failed, allow_pickle))
+
+
+@app.command()
+def reproduce(
+    preset: Annotated[str | None, typer.Argument(help="As in the list.")] = None,
+    list_: Annotated[bool, typer.Option("--list", help="List the presets.")] = False,
+    checkpoint: Annotated[
+        list[str], typer.Option(help="Local weights in place of the Hub's.")
+    ] = [],  # noqa: B006
+    rows: Annotated[list[str], typer.Option(help="Only these (patterns); repeat it.")] = [],  # noqa: B006
+    tasks: Annotated[str, typer.Option(help="Only these, comma-separated (patterns).")] = "",
+    seeds: Annotated[int | None, typer.Option(min=1, help="Of methods that draw.")] = None,
+    limit: Annotated[int | None, typer.Option(help="First N items of each task.")] = None,
+    data: Data = None,
+    device: Annotated[str, typer.Option()] = "cpu",
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="float32, bfloat16 or float16.", show_default="the paper's, CPU: float32"
+        ),
+    ] = None,
+    format: Annotated[str, typer.Option(help="terminal, md, latex, csv or html")] = "terminal",
+    results: Results = DEFAULT_RESULTS,
+    ignore_gate: Annotated[
+        bool, typer.Option("--ignore-gate", help="Go on where full precision is off; no verdicts.")
+    ] = False,
+    retry_failed: RetryFailed = False,
+    allow_pickle: AllowPickle = False,
+    stream: Annotated[
+        bool | None,
+        typer.Option(help="One decoder block in memory at a time.", show_default="if it must be"),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what it would download and take.")
+    ] = False,
+) -> None:
+    """Measure a published table again, and say number by number whether it comes out."""
+    if preset is None or list_:
+        from qbench.reproduction.printing import print_list
+
+        print_list()
+        return
+    import shutil
+
+    from qbench.study.imports import import_models
+
+    import_models()
+    from qbench.reproduction.commands import reproduce as run_preset
+    from qbench.reproduction.running import Request
+
+    request = Request(
+        results,
+        rows=tuple(rows),
+        tasks=tuple(name.strip() for name in tasks.split(",") if name.strip()),
+        limit=limit,
+        data=data,
+        device=device,
+        dtype=dtype,
+        seeds=seeds,
+        ignore_gate=ignore_gate,
+        allow_pickle=allow_pickle,
+        retry_failed=retry_failed,
+        stream=stream,
+    )
+    width = shutil.get_terminal_size((120, 24)).columns
+    sys.exit(run_preset(preset, request, checkpoint, format, dry_run, width))
 
 
 @app.command()
