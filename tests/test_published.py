@@ -7,14 +7,21 @@ marked number fails.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 
 import pytest
 from pandas import DataFrame
+from typer.testing import CliRunner
 
+from qbench.cli import app
 from qbench.comparison import reference
+from qbench.study import listing
+from qbench.tables.published import published_sheet
+from qbench.tables.table import published_table
 
 Cell = tuple[str, int]
 """A number: its table and its line."""
@@ -327,3 +334,64 @@ def test_every_number_is_complete_and_says_where_it_comes_from(name: str) -> Non
     of_row = ["model", "method", "baseline", "label", "ptq", "trained"]
     assert (table.groupby("row")[of_row].nunique() == 1).all(axis=None)
     assert sorted(set(table["row"])) == list(range(table["row"].nunique()))
+
+
+def test_a_published_table_is_printed_with_the_papers_digits() -> None:
+    sheet = published_sheet("bitnet-table3")
+    assert [" ".join(column.heading) for column in sheet.columns] == [
+        *("Model", "W/A", "Method", "PPL validation", "WG", "WGe", "HS", "SC", "Avg"),
+    ]
+    rows = {(row[2].text, row[1].text): [cell.text for cell in row[3:]] for row in sheet.rows()}
+    assert rows["Absmax", "W1A8"] == ["3.5e23", "49.8", "50.0", "24.8", "53.6", "44.6"]
+    assert rows["Random", "–"] == ["–", "50.0", "50.0", "25.0", "50.0", "43.8"]
+
+
+def test_a_table_of_sizes_has_a_column_per_model_and_a_block_per_printed_table() -> None:
+    sheet = published_sheet("gptq-opt")
+    headings = [" ".join(column.heading) for column in sheet.columns]
+    assert headings[:5] == ["Table", "Numbers", "W/A", "Group", "Method"]
+    assert headings[5] == "OPT-125M" and headings[-1] == "OPT-175B"
+    tables = [cell.text for cell in sheet.columns[0].cells]
+    assert len(sheet.rules) == sum(a != b for a, b in itertools.pairwise(tables)) + 3  # Table 5: four
+    whole = [row for row in sheet.rows() if row[2].text == "W16A16"]
+    assert [row[5].text for row in whole[:3]] == ["27.65", "38.99", "26.56"]
+
+
+def test_a_misprint_has_its_footnote_and_nothing_else_has() -> None:
+    sheet = published_sheet("bitnet-table1")
+    wrong = {
+        (row[0].text, row[1].text, cell.text)
+        for row in sheet.rows()
+        for cell in row
+        if any(note.startswith("printed error") for note in cell.notes)
+    }
+    assert wrong == {("6.7B", "W1A8", "0.04"), ("30B", "W1A8", "0.14")}
+
+
+@pytest.mark.parametrize("name", reference.names())
+def test_every_published_number_is_in_its_sheet_once(name: str) -> None:
+    printed = sorted(load(name)["printed"])
+    sheet = published_sheet(name)
+    assert printed == sorted(
+        cell.text
+        for column in sheet.columns
+        if column.numeric
+        for cell in column.cells
+        if cell.text != "–"
+    )
+
+
+def test_published_tables_are_listed_and_printed_without_any_results(tmp_path: Path) -> None:
+    missing = tmp_path / "none"
+    listed = list(listing.lines("published", missing))
+    assert [line.split()[0] for line in listed] == reference.names()
+    assert any("112 numbers, 12 marked as misprinted" in line for line in listed)
+    result = CliRunner().invoke(app, ["table", "--published", "bitnet-table2", "--format", "md"])
+    assert result.exit_code == 0 and "| FP16 | 0.4 | 0.16 | 1.1 | 0.34 |" in result.output
+    unknown = CliRunner().invoke(app, ["table", "--published", "bitnet-table9"])
+    assert unknown.exit_code == 2
+
+
+def test_a_published_table_as_csv_is_the_file() -> None:
+    lines = published_table("bitnet-table2", "csv").splitlines()
+    assert len(lines) == 1 + 12 and lines[0].startswith("paper,arxiv,source,table,row,model")
