@@ -67,7 +67,7 @@ def runs(options: Any, folder: Path) -> dict[str, list[str]]:
         "2 M parameters (bundled), 64 x 128 tokens": ["run", BUNDLED, *small, "--tasks", "world"]
     }
     if not options.quick:
-        checkpoint = make_checkpoint(options.work, "llama-100m", LLAMA_100M)
+        checkpoint = make_checkpoint(options.work, "llama-100m", LLAMA_100M, options.data)
         few = ["--calibration", "world", "--nsamples", "8", "--seqlen", "512", *WORLD]
         name = "110 M parameters, 8 x 512 tokens"
         wanted[name] = ["run", str(checkpoint), *few, "--tasks", "world", "--limit", "32"]
