@@ -1,4 +1,4 @@
-"""``qbench list``, ``table``, ``plot`` and ``report``: what is stored."""
+"""``qbench list``, ``table``, ``plot``, ``report`` and ``compare``: what is stored."""
 
 from __future__ import annotations
 
@@ -44,6 +44,9 @@ def table(
     scheme: Names = [],  # noqa: B006
     task: Names = [],  # noqa: B006
     num_fewshot: Annotated[int | None, typer.Option()] = None,
+    each_seed: Annotated[
+        bool, typer.Option("--each-seed", help="A row per seed, not mean and spread.")
+    ] = False,
     significance: Annotated[
         str, typer.Option(help="off, fp16 (differs from full precision?) or best (really best?)")
     ] = "off",
@@ -75,6 +78,7 @@ def table(
             schemes=scheme or None,
             tasks=task or None,
             num_fewshot=num_fewshot,
+            each_seed=each_seed,
             significance=significance,
             interval=interval,
         )

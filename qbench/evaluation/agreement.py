@@ -169,14 +169,15 @@ class AgreementTask(PreparedTask):
         policy = "padded" if policy in (None, "shared") else policy
         budget = self.options.batch_tokens or self.reference.batch_tokens
         found, details = read_rows(model, self.rows, self._compare, policy, budget, progress)
+        (part,) = self.parts
         kl = [found[i][0] for i in range(len(self.rows.rows))]
         items = {
             "window": np.arange(len(kl)),
             "kl": np.array([own.sum() for own in kl]),
             "n_agreeing": np.array([found[i][1].sum() for i in range(len(kl))]),
             "n_tokens": np.array([len(own) for own in kl]),
+            "n_bytes": np.array([window.n_bytes for window in part.windows]),
         }
-        (part,) = self.parts
         every = np.concatenate(kl)
         return TaskResult(
             metrics={

@@ -46,6 +46,7 @@ def table(
     schemes: Sequence[str] | None = None,
     tasks: Sequence[str] | None = None,
     num_fewshot: int | None = None,
+    each_seed: bool = False,
     significance: str = "off",
     interval: bool = False,
 ) -> str:
@@ -66,6 +67,7 @@ def table(
         schemes: keep these only, by label (``W4A16``) or full text.
         tasks: keep these columns only.
         num_fewshot: keep measurements with this many examples only.
+        each_seed: a row for every seed, instead of their mean and spread.
         significance: ``fp16`` marks what differs significantly from the full-precision row,
             ``best`` shares the bold mark with rows that are not significantly worse than the best
             of their width, ``off`` tests nothing (:mod:`qbench.tables.marks`).
@@ -87,7 +89,9 @@ def table(
         asked = asked_for(store, num_fewshot=num_fewshot, **rows, **quantized)
         quantized = {}
     of = metric if metric in METRICS else METRICS[0]
-    shown = stored_entries(store, of, num_fewshot=num_fewshot, **rows, **quantized)
+    shown = stored_entries(
+        store, of, num_fewshot=num_fewshot, each_seed=each_seed, **rows, **quantized
+    )
     sheet = lay_out(layout, shown, Options(metric, against, delta, asked))
     sheet = with_significance(sheet, store, significance)
     sheet = with_intervals(sheet) if interval else sheet
