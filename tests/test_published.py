@@ -352,7 +352,7 @@ def test_a_table_of_sizes_has_a_column_per_model_and_a_block_per_printed_table()
     assert headings[:5] == ["Table", "Numbers", "W/A", "Group", "Method"]
     assert headings[5] == "OPT-125M" and headings[-1] == "OPT-175B"
     tables = [cell.text for cell in sheet.columns[0].cells]
-    assert len(sheet.rules) == sum(a != b for a, b in itertools.pairwise(tables)) + 3  # Table 5: four
+    assert len(sheet.rules) == sum(a != b for a, b in itertools.pairwise(tables)) + 3  # Table 5
     whole = [row for row in sheet.rows() if row[2].text == "W16A16"]
     assert [row[5].text for row in whole[:3]] == ["27.65", "38.99", "26.56"]
 
