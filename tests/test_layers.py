@@ -51,7 +51,8 @@ TORCH_FREE = """
     qbench.study.store qbench.comparison.frame qbench.comparison.entries qbench.tables.table
     qbench.tables.layouts qbench.tables.columns qbench.tables.sheet qbench.tables.render
     qbench.tables.published
-    qbench.comparison.statistics qbench.comparison.pairing
+    qbench.comparison.statistics qbench.comparison.pairing qbench.comparison.significance
+    qbench.comparison.two_runs qbench.comparison.finding qbench.tables.two_runs qbench.tables.marks
     qbench.comparison.headings qbench.comparison.panels qbench.comparison.reference
     qbench.plots.plot
     qbench.comparison.scaling qbench.comparison.sizes qbench.tables.size_table qbench.plots.style
