@@ -10,9 +10,13 @@ sliding windows); learned positions, which count as neither embedding nor head.
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qbench.errors import QBenchError
+from qbench.models import files
 from qbench.models.blocks import find_blocks
+from qbench.models.checks import quiet
 from qbench.record import Dimensions, MatrixShape
 
 if TYPE_CHECKING:
@@ -115,3 +119,53 @@ def _kv_heads(config: Any, n_heads: int) -> int:
 def _first(config: Any, names: tuple[str, ...]) -> int | None:
     found = (getattr(config, name, None) for name in names)
     return next((int(value) for value in found if isinstance(value, int) and value), None)
+
+
+def find_dimensions(name: str) -> tuple[Dimensions, int, str | None]:
+    """The dimensions of a checkpoint that may have no weights here: its configuration is enough.
+
+    Args:
+        name: a folder with config.json, ``bundled:NAME``, or a Hub id, of which config.json alone
+            is fetched.
+
+    Returns:
+        dimensions, number of parameters, and the scheme it was trained at (None for full
+        precision).
+
+    Raises:
+        QBenchError: if there is no such configuration, or transformers rejects it.
+    """
+    from qbench.models.checkpoints import Checkpoint
+
+    folder = Path(name).expanduser()
+    if name.startswith(files.BUNDLED):
+        folder = files.bundled_checkpoint(name)
+    elif not folder.is_dir():
+        folder = files.download_config(name)
+    checkpoint = Checkpoint(name, folder)
+    files.read_json(folder / "config.json")
+    weights = checkpoint.weight_files
+    if weights and all(path.is_file() for path in weights):
+        scheme = checkpoint.trained_scheme
+        found = checkpoint_dimensions(checkpoint)
+        return found, checkpoint.parameters, None if scheme is None else str(scheme)
+    model = _from_configuration(folder)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return dimensions(model), parameters, None
+
+
+def _from_configuration(folder: Path) -> Any:
+    """A model on the meta device; of a quantized checkpoint, the one it was made from."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"), quiet():
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            if hasattr(config, "quantization_config"):
+                del config.quantization_config
+            return AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # transformers raises many kinds for a configuration it rejects
+        raise QBenchError(
+            f"transformers cannot read the config.json in {folder} ({files.first_line(error)})"
+        ) from error

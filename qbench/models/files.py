@@ -130,10 +130,22 @@ def download(name: str, allow_pickle: bool = False) -> Path:
     Raises:
         QBenchError: if it cannot be had.
     """
+    return _snapshot(name, [*_PATTERNS, *(["*.bin"] if allow_pickle else [])])
+
+
+def download_config(name: str) -> Path:
+    """Fetch a checkpoint's configuration alone; the folder it is in.
+
+    Raises:
+        QBenchError: if it cannot be had.
+    """
+    return _snapshot(name, ["config.json"])
+
+
+def _snapshot(name: str, patterns: list[str]) -> Path:
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    patterns = [*_PATTERNS, *(["*.bin"] if allow_pickle else [])]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except HFValidationError:
