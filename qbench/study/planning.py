@@ -121,7 +121,7 @@ class Outlook:
     def _work(self, plan: CellPlan) -> Work:
         settings, cell = self.bench.settings, plan.cell
         quantizes = not cell.changes_nothing
-        reads = quantizes and _passes(cell) > 0
+        reads = quantizes and passes(cell) > 0
         lengths = [n for spec in plan.pending for n in self._lengths(spec)]
         context = self.bench.context or settings.calibration.seqlen
         return Work(
@@ -131,8 +131,8 @@ class Outlook:
             quantizes=quantizes,
             nsamples=settings.calibration.nsamples if reads else 0,
             seqlen=min(settings.calibration.seqlen, context) if reads else 0,
-            hessians=reads and _uses_hessians(cell),
-            passes=_passes(cell) if reads else 0,
+            hessians=reads and uses_hessians(cell),
+            passes=passes(cell) if reads else 0,
             evaluated=sum(lengths),
             longest=max(lengths, default=0),
             batch_tokens=settings.options.batch_tokens or 0,
@@ -169,7 +169,7 @@ def _row_lengths(task: PreparedTask) -> Iterable[int]:
     return (len(row.tokens) for rows in getattr(found, "rows", []) for row in rows)
 
 
-def _passes(cell: Cell) -> int:
+def passes(cell: Cell) -> int:
     """How often calibration windows run through a block: to be observed, and to be handed on."""
     from qbench.quantization.quantize import needs_calibration
 
@@ -181,7 +181,8 @@ def _passes(cell: Cell) -> int:
     return 1 + transforms + bool(observed)
 
 
-def _uses_hessians(cell: Cell) -> bool:
+def uses_hessians(cell: Cell) -> bool:
+    """Whether a cell collects the hessians of its inputs."""
     method = cell.baseline.instance
     wanted: tuple[Any, ...] = method.transform_statistics
     if cell.scheme.quantizes_weights:

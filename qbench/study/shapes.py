@@ -84,12 +84,16 @@ def model_shape(checkpoint: Checkpoint) -> ModelShape:
     Raises:
         QBenchError: for a configuration that transformers rejects.
     """
+    return shape_of(checkpoint._skeleton())
+
+
+def shape_of(model: Any) -> ModelShape:
+    """The shapes of a model on the meta device, which is cast in place."""
     import torch
 
     from qbench.models.blocks import find_blocks
     from qbench.models.dimensions import active_share
 
-    model: Any = checkpoint._skeleton()
     model.to(torch.bfloat16)  # the one dtype that grouped products take
     text = model.config.get_text_config()
     head: Any = model.get_output_embeddings()
