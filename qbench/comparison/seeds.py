@@ -70,7 +70,8 @@ def _merge(group: list[Entry]) -> Entry:
     well = [entry for entry in group if entry.facts["status"] == "ok"] or group
     bits = [b for entry in well if (b := entry.facts.get("effective_bits")) is not None]
     notes = [
-        f"seed {_seed(entry)} failed: {entry.facts.get('error') or 'no reason was stored'}"
+        f"seed {_seed(entry)} of {entry.facts['baseline']} {entry.facts['label']} on "
+        f"{entry.facts['checkpoint']} failed: {_reason(entry)}"
         for entry in group
         if entry.facts["status"] != "ok" and well is not group
     ]
@@ -85,6 +86,10 @@ def _merge(group: list[Entry]) -> Entry:
     }
     keys = dict.fromkeys(key for entry in well for key in entry.cells)
     return replace(well[0], facts=facts, cells={key: _number(well, key) for key in keys})
+
+
+def _reason(entry: Entry) -> str:
+    return str(entry.facts.get("error") or "no reason was stored").splitlines()[0]
 
 
 def _seed(entry: Entry) -> int:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from qbench.comparison.seeds import spread
 from qbench.tables.sheet import Cell, Column, Sheet
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ _FACTS = (
 _CONDITIONS = ("protocol", "num_fewshot", "limit", "encoding", "dtype", "max_length")
 _HEADER = (*_FACTS, "task", "metric", *_CONDITIONS)
 _TESTED = ("low", "high", "test", "p", "p_holm", "verdict")
-_NUMBERS = ("n_items", "value", "stderr", "best", *_TESTED, "notes")
+_NUMBERS = ("n_items", "value", "stderr", "sd", "n_seeds", "best", *_TESTED, "notes")
 
 _LATEX = {
     **{char: "\\" + char for char in "&%$#_{}"},
@@ -170,6 +171,7 @@ def tidy_csv(sheet: Sheet) -> str:
             values = {name: getattr(number, name) for name in ("task", "metric", "n_items")}
             values |= {name: number.conditions.get(name) for name in _CONDITIONS}
             values |= {"value": number.value, "stderr": number.stderr, "best": cell.best}
+            values |= {"sd": spread(number), "n_seeds": len(number.draws) or None}
             values |= _tested(cell)
             values["notes"] = "; ".join([*notes, *cell.notes])
             writer.writerow((of_row if cell.facts is None else _facts(cell.facts)) | values)
