@@ -28,7 +28,7 @@ def list_(
 @app.command()
 def table(
     layout: Annotated[
-        str, typer.Option(help="comparison, sizes, bitnet-table3, b158-table2")
+        str, typer.Option(help="comparison, costs, sizes, bitnet-table3, b158-table2")
     ] = "comparison",
     metric: Annotated[
         str, typer.Option(help="acc, acc_norm or acc_token; in sizes bits_per_byte too")
@@ -197,6 +197,43 @@ def report(
     with uncollected():  # pandas is imported in there
         path = make(Store(results), output, choices)
     print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
+
+
+@app.command()
+def costs(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="A shape such as bitnet-6.7B, a stored run, or a checkpoint."),
+    ] = None,
+    scheme: Annotated[list[str], typer.Option(help="Beside W16A16; repeat it.")] = [],  # noqa: B006
+    seqlen: Annotated[int | None, typer.Option(help="Tokens of a sequence; 512.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
+    against: Annotated[
+        str | None, typer.Option(help="A published table, such as bitnet-table1: cell by cell.")
+    ] = None,
+    format: Annotated[str, typer.Option(help="terminal, md, latex or html")] = "terminal",
+    results: Results = DEFAULT_RESULTS,
+) -> None:
+    """Say what a model takes: bits per weight, bytes, memory, energy of its arithmetic.
+
+    Nothing is run; of a checkpoint the configuration is enough.
+    """
+    import shutil
+
+    from qbench.tables.costs import costs as make
+
+    width = max(shutil.get_terminal_size((120, 24)).columns, 60)
+    text = make(
+        model,
+        scheme,
+        seqlen=seqlen,
+        batch=batch,
+        against=against,
+        results=results,
+        format=format,
+        width=width,
+    )
+    print(text, end="")
 
 
 @app.command()
