@@ -142,7 +142,7 @@ def _layout(panel: Panel, x: str, accuracy: bool, top: float) -> dict[str, Any]:
     if not accuracy and any(not math.isfinite(point.y) for point in panel.points):
         marks.append((top, "solid", "diverged"))
     scale = 100 if accuracy else 1
-    ticks = [t for t in _TICKS if any(0.8 <= point.x / t <= 1.25 for point in panel.points)]
+    ticks = [t for t in _TICKS if any(0.9 < point.x / t < 1.1 for point in panel.points)]
     return {
         "xaxis": {
             "title": {"text": _AXES[x]},

@@ -23,7 +23,7 @@ from qbench.tables.sheet import perplexity_text
 
 @dataclass(frozen=True)
 class Link:
-    """A run by its name."""
+    """A run by its name; without an anchor, a name in bold."""
 
     text: str
     anchor: str
@@ -154,12 +154,17 @@ class _Story:
         if not kept:
             return [start]
         least = min(kept, key=lambda best: (best.wbits, best.abits))
-        no_loss = "The narrowest width at which no loss is found is "
+        no_loss = "The narrowest post-training width at which no loss is found is "
         return [start, (f"{no_loss}{least.name} (", self._link(least), ").")]
 
     def _of_width(self, group: list[Point]) -> Sentence:
         best, *others = group
-        parts: list[str | Link] = [f"{best.name}: ", self._link(best), f" {_percent(best.y)}"]
+        parts: list[str | Link] = [
+            Link(best.name, ""),
+            ": ",
+            self._link(best),
+            f" {_percent(best.y)}",
+        ]
         parts += [self._against_full(best), "."]
         if others:
             p = self.tests.p(others[0], best)
@@ -178,7 +183,7 @@ class _Story:
         if rival is not None:
             p = self.tests.p(rival, point)
             how = "" if p is None else ", not told apart" if p >= LEVEL else ", told apart"
-            parts += [f" The best after training at {rival.name}, ", self._link(rival), " has "]
+            parts += [f" The best post-training row at {rival.name}, ", self._link(rival), ", has "]
             parts.append(f"{_percent(rival.y)}{how}{f' ({_p_text(p)})' if how else ''}.")
         return tuple(parts)
 
@@ -216,7 +221,7 @@ def _perplexities(panel: Panel, what: str, anchors: Mapping[str, str]) -> Senten
     best += [point for point in finite if point.role == "trained"]
     if not best:
         return ()
-    parts: list[str | Link] = [f"Perplexity on {what}"]
+    parts: list[str | Link] = [Link("Perplexity", ""), f" on {what}"]
     if full is not None:
         parts += [f", {perplexity_text(full.y)} in full precision"]
     parts.append("; best of each width: ")

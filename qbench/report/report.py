@@ -97,7 +97,7 @@ def html_of(store: Store, choices: Choices = Choices()) -> str:  # noqa: B008
         "tested": told.tested,
         "figures": figures(measured, choices.metric, anchor_of),
         "table": _table(snapshot, rows, choices, anchor_of),
-        "published": _published(rows, choices, anchor_of),
+        "published": _published(snapshot, rows, choices, anchor_of),
         "reproductions": [],
         "warnings": overview.warnings(measured, anchor_of, broken),
         "compared": overview.compared(
@@ -154,14 +154,14 @@ def _table(
 
 
 def _published(
-    entries: Sequence[Entry], choices: Choices, anchor_of: dict[str, str]
+    snapshot: Snapshot, entries: Sequence[Entry], choices: Choices, anchor_of: dict[str, str]
 ) -> dict[str, Any] | None:
     """The measured rows with the published ones, in the paper's layout where there is one."""
     if choices.against is None:
         return None
     layout = choices.against if choices.against in LAYOUTS else "comparison"
     sheet = lay_out(layout, entries, Options(choices.metric, choices.against))
-    return shown(sheet, anchor_of, "published")
+    return shown(with_significance(sheet, snapshot, "off"), anchor_of, "published")
 
 
 def _title(entries: Sequence[Entry]) -> str:

@@ -108,10 +108,11 @@ function layerFigure(layers) {
     line: { width: 1, color: colours[index % colours.length] },
     marker: { size: 7, color: colours[index % colours.length], symbol: symbols[index % symbols.length] },
   }));
+  const last = Math.max(0, ...traces.flatMap((trace) => trace.x));
   return {
     data: traces,
     layout: {
-      xaxis: { title: { text: "decoder block" }, tick0: 0, tickformat: "d" },
+      xaxis: { title: { text: "decoder block" }, tick0: 0, dtick: Math.max(1, Math.ceil(last / 12)) },
       yaxis: { title: { text: `${measure} (log)` }, type: "log" },
     },
   };
@@ -196,15 +197,15 @@ async function taskAnswers(task) {
 function card([doc, kind, gold, before, after, margins, scores], asked) {
   const [question, options] = asked ?? ["", null];
   const label = KINDS.find(([name]) => name === kind)?.[1] ?? kind;
-  const rows = scores[0].map((score, index) => {
+  const rows = scores[0].map((own, index) => {
     const text = options ? options[index] : `option ${index + 1}`;
     const mark = (chosen, value) =>
-      el("td", { class: chosen ? "number chosen" : "number" }, (chosen ? "➤ " : "") + value);
+      el("td", { class: chosen ? "number chosen" : "number" }, (chosen ? "➤ " : "") + score(value));
     return el(
       "tr",
       gold.includes(index) ? { class: "gold" } : {},
       el("th", { scope: "row" }, text, gold.includes(index) ? el("span", { class: "tag" }, "right") : null),
-      mark(index === before, score),
+      mark(index === before, own),
       mark(index === after, scores[1][index]),
     );
   });
@@ -212,9 +213,15 @@ function card([doc, kind, gold, before, after, margins, scores], asked) {
     el("th", { scope: "col", ...(index ? { class: "number" } : {}) }, name));
   const table = el("table", { class: "options" });
   table.append(el("thead", {}, el("tr", {}, ...heads)), el("tbody", {}, ...rows));
-  const margin = `question ${doc} · margin of the right option ${margins[0]} → ${margins[1]}`;
+  const margin = `question ${doc} · margin of the right option ${margins.map(score).join(" → ")}`;
   const head = el("p", { class: "small" }, el("span", { class: `kind ${label}` }, label), ` ${margin}`);
   return el("article", { class: "item" }, head, question ? el("p", { class: "question" }, question) : null, table);
+}
+
+/** A log-probability, or a difference of two, in nats. */
+function score(value) {
+  if (typeof value !== "number") return String(value);
+  return value.toFixed(Math.abs(value) < 1 ? 3 : 2).replace("-", "−");
 }
 
 /* ---- settings ---- */

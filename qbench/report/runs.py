@@ -148,9 +148,9 @@ def _measurement(key: tuple[str, str], number: Measured, full: Entry | None) -> 
 def _value(value: float, error: float | None, metric: str) -> str:
     if metric.startswith("acc"):
         return accuracy_text(value, error)
-    spread = f" ± {error:.2g}" if error is not None and math.isfinite(value) else ""
-    text = perplexity_text(value) if "perplexity" in metric else f"{value:.4g}"
-    return text + spread
+    text = perplexity_text if "perplexity" in metric else "{:.4g}".format
+    known = error is not None and math.isfinite(value)
+    return text(value) + (f" ± {text(error)}" if known and error is not None else "")
 
 
 def _activations(scheme: Scheme) -> str:

@@ -63,11 +63,16 @@ def shown(sheet: Sheet, anchors: Mapping[str, str], prefix: str) -> dict[str, An
         "title": sheet.title,
         "columns": columns,
         "rows": rows,
-        "remarks": [line.replace("Best:", "Best, in bold:") for line in sheet.remarks],
+        "remarks": [_said_here(line) for line in sheet.remarks],
         "notes": [(mark, ids[n], n.removeprefix("†").strip()) for n, mark in footnotes.items()],
         "linked": _linked(sheet),
         "print_size": _print_size(sheet),
     }
+
+
+def _said_here(remark: str) -> str:
+    """A remark in the page's words: marks are bold, and there is no command line."""
+    return remark.replace("Best:", "Best, in bold:").replace(": see --significance", "")
 
 
 def _linked(sheet: Sheet) -> int:
