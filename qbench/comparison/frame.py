@@ -55,8 +55,9 @@ def frame(store: Store) -> DataFrame:
 
 
 def kind_of(metrics: list[str]) -> str:
-    """Perplexity for a task that only measures how well text is predicted, agreement for one that
-    compares with full precision, else accuracy.
+    """What some metrics measure: ``agreement`` with full precision, ``perplexity``, ``accuracy``.
+
+    Perplexity is a task that only measures how well text is predicted.
     """
     if "kl_divergence" in metrics:
         return "agreement"

@@ -10,6 +10,7 @@ Left out: seeds of few-shot examples, which are a condition of the measurement.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
@@ -46,8 +47,10 @@ def merged(entries: Sequence[Entry]) -> list[Entry]:
 
 
 def spread(measured: Measured) -> float | None:
-    """Standard deviation over seeds (n - 1), None for a number of one seed."""
-    return statistics.stdev(measured.draws) if len(measured.draws) > 1 else None
+    """Standard deviation over seeds (n - 1); None for one seed, or where one is not finite."""
+    draws = measured.draws
+    known = len(draws) > 1 and all(map(math.isfinite, draws))
+    return statistics.stdev(draws) if known else None
 
 
 def n_seeds(entry: Entry) -> int:

@@ -150,7 +150,7 @@ def _score(entry: Entry, key: Key, usual: dict[str, object], stderr: bool) -> Ce
 def _with_spread(text: str, number: Measured) -> str:
     """A number's text with its standard deviation over seeds: "61.2 ± 0.9 (sd 0.4)"."""
     over_seeds = spread(number)
-    if over_seeds is None or not math.isfinite(over_seeds):
+    if over_seeds is None:
         return text
     percent = number.kind in ("accuracy", "agreement")
     return f"{text} (sd {spread_text(over_seeds, percent)})"
