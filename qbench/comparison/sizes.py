@@ -120,12 +120,14 @@ def loss_of(number: Measured, metric: str = "perplexity") -> Measured | None:
         if metric not in number.also:
             return None
         value, stderr = number.also[metric]
-        return replace(number, metric=metric, value=value, stderr=stderr)
+        return replace(number, metric=metric, value=value, stderr=stderr, draws=())
     if not math.isfinite(number.value):
         return replace(number, metric=f"log2 {number.metric}", stderr=None)
     error = None if number.stderr is None else number.stderr / (number.value * math.log(2))
     value = math.log2(number.value)
-    return replace(number, metric=f"log2 {number.metric}", value=value, stderr=error)
+    draws = tuple(math.log2(draw) for draw in number.draws if draw > 0)
+    metric = f"log2 {number.metric}"
+    return replace(number, metric=metric, value=value, stderr=error, draws=draws)
 
 
 def unit_of(number: Measured, metric: str) -> str:
@@ -292,6 +294,7 @@ def _add(
                 published=published,
                 fitted=bool(entry.facts.get("fitted", True)),
                 run=entry.facts.get("run") or "",
+                draws=number.draws,
             )
         )
         return True

@@ -105,11 +105,22 @@ def draw_panel(
             up = [scale * point.y for point in best]
             across = [point.x for point in best]
             axes.plot(across, up, color=colour, linewidth=0.8, alpha=0.6, zorder=2, label="_best")
+        _shade(axes, points, scale, colour)
         for point in points:
             error = None if point.stderr is None else scale * point.stderr
             mark(axes, point.x, scale * point.y, error, _look(point, looks))
     axes.set_title(panel.title, fontsize=9)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.6, zorder=0)
+
+
+def _shade(axes: Axes, points: Sequence[Point], scale: int, colour: str) -> None:
+    """From the lowest to the highest seed, along a family whose points are one per size."""
+    if not any(point.band for point in points) or len({p.x for p in points}) < len(points):
+        return
+    ends = [point.band or (point.y, point.y) for point in points]
+    low, high = ([scale * end[side] for end in ends] for side in (0, 1))
+    across = [point.x for point in points]
+    axes.fill_between(across, low, high, color=colour, alpha=0.2, linewidth=0, zorder=1.5)
 
 
 def _draw_law(axes: Axes, law: PowerLaw, points: Sequence[Point], colour: str) -> None:

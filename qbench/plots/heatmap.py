@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _CELL_IN = 0.46  # inches that a printed number needs
 _ROW_IN = 0.24
+_SEEDS = "Means over seeds where there are several."
 _LARGEST_POWER = 15  # of ten: beyond it a perplexity says nothing more
 
 
@@ -60,7 +61,9 @@ def draw_heatmap(wanted: Wanted) -> Figure:
     entries = wanted.entries()
     panels = accuracy_panels(entries, "wbits") if accuracy else perplexity_panels(entries, "wbits")
     about = caption(entries, panels, accuracy, wanted.metric)
-    about = [line.replace("; bars: standard error", "") for line in about]  # there are none
+    # neither bars nor bands are drawn
+    about = [line.replace("; bars: standard error", "") for line in about]
+    about = [_SEEDS if line.startswith("Shaded:") else line for line in about]
     grids = [grid_of(panel, entries, not accuracy) for panel in panels if _quantized(panel)]
     if not grids:
         why = "; ".join(about) or "no quantized run was measured"

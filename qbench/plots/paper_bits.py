@@ -13,13 +13,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from qbench.comparison import reference
-from qbench.comparison.energy_points import energy_ratios
 from qbench.comparison.entries import Entry, mean_of
 from qbench.comparison.headings import size_text
 from qbench.comparison.panels import Panel, Point, accuracy_panels, caption
+from qbench.comparison.run_costs import TOKENS
+from qbench.comparison.savings import joules, savings
+from qbench.comparison.scaling import SAME_SIZE
 from qbench.comparison.sizes import average, role
 from qbench.errors import QBenchError
 from qbench.plots.style import (
@@ -51,7 +54,7 @@ def draw_bitnet_fig1(wanted: Wanted) -> Figure:
         QBenchError: for nothing to draw.
     """
     measured, published = wanted.measured(), wanted.published()
-    ratios = energy_ratios([*measured, *published], wanted.records() if measured else {})
+    ratios = savings([*measured, *published], joules, "energy_ratio")
     panels = accuracy_panels(measured, "wbits")
     about = caption(measured, panels, True, wanted.metric)
     panels = _largest([panel for panel in panels if panel.points], about)
@@ -129,7 +132,7 @@ def _sources(ratios: Sequence[Point], published: Sequence[Entry]) -> list[str]:
     lines = []
     if ratios:
         lines.append(
-            "Energy: arithmetic only, 512 tokens, 7 nm, additions in INT8 as the paper counts."
+            f"Energy: arithmetic only, {TOKENS} tokens, 7 nm, INT8 additions, as the paper counts."
         )
     sources = list(dict.fromkeys(entry.facts["reference"] for entry in published))
     return [*lines, f"Published: {'; '.join(sources)}"] if sources else lines
@@ -145,27 +148,35 @@ def _looks(panels: Sequence[Panel]) -> dict[str, dict[str, Any]]:
 
 
 def _draw_energy(axes: Axes, ratios: Sequence[Point]) -> None:
+    draw_savings(axes, ratios)
+    axes.set_ylabel("energy, FP16 over trained")
+    axes.set_title("energy saved", fontsize="medium")
+
+
+def draw_savings(axes: Axes, ratios: Sequence[Point]) -> None:
+    """Ratios against size, a line per trained width, published ones hollow and dashed."""
     lines: dict[tuple[float, bool], list[Point]] = {}
     for point in ratios:
         lines.setdefault((point.wbits, point.published), []).append(point)
     for (wbits, hollow), points in lines.items():
-        look = _star(wbits, hollow)
+        look = star(wbits, hollow)
         style = {"linestyle": "--" if hollow else "-", "linewidth": 0.9, "zorder": 3}
         axes.plot([p.x for p in points], [p.y for p in points], **(look | style))
-    axes.set_xscale("log")
-    sizes = sorted({point.x for point in ratios})
-    label_sizes(axes, sizes)
-    axes.set_ylim(0, None)
-    axes.margins(y=0.12)
+    label_sizes(axes, [point.x for point in ratios])
+    axes.set_ylim(0, 1.12 * max(point.y for point in ratios))
     axes.set_xlabel("parameters")
-    axes.set_ylabel("energy, FP16 over trained")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}×")
-    axes.set_title("energy saved", fontsize="medium")
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.6, zorder=0)
 
 
-def label_sizes(axes: Axes, sizes: Sequence[float], most: int = 5) -> None:
-    """A few of the sizes on a logarithmic axis, the first and last among them."""
+def label_sizes(axes: Axes, sizes: Sequence[float], most: int = 5) -> list[float]:
+    """A logarithmic axis with a few of the sizes on it, the first and last among them.
+
+    Sizes within 5 % have one label. Returns the sizes that have one.
+    """
+    first = sorted(set(sizes))[0]
+    sizes = [first, *(b for a, b in pairwise(sorted(set(sizes))) if b > SAME_SIZE * a)]
+    axes.set_xscale("log")
     octaves = math.log2(sizes[-1] / sizes[0])
     ticks = [sizes[0], sizes[-1]] if octaves else [sizes[0]]
     for size in sizes[1:-1]:
@@ -175,6 +186,7 @@ def label_sizes(axes: Axes, sizes: Sequence[float], most: int = 5) -> None:
     axes.set_xticks([], minor=True)
     margin = 2 ** (0.08 * octaves + 0.1)
     axes.set_xlim(sizes[0] / margin, sizes[-1] * margin)
+    return ticks
 
 
 def _draw_bits(axes: Axes, panel: Panel, looks: dict[str, dict[str, Any]]) -> None:
@@ -190,9 +202,13 @@ def _draw_bits(axes: Axes, panel: Panel, looks: dict[str, dict[str, Any]]) -> No
         across = [places[id(point)] for point in best]
         up = [100 * point.y for point in best]
         axes.plot(across, up, color=_BEST, linewidth=1.3, zorder=2, label="_best")
+        if any(point.band for point in best):
+            ends = [point.band or (point.y, point.y) for point in best]
+            low, high = ([100 * end[side] for end in ends] for side in (0, 1))
+            axes.fill_between(across, low, high, color=_BEST, alpha=0.2, linewidth=0, zorder=1.5)
     for point in shown:
         trained = point.role == "trained"
-        look = _star(point.wbits, False) if trained else looks[point.series]
+        look = star(point.wbits, False) if trained else looks[point.series]
         error = None if point.stderr is None else 100 * point.stderr
         mark(axes, places[id(point)], 100 * point.y, error, look)
     widths = sorted({8.0, 4.0, 2.0, 1.0, *(point.x for point in shown)}, reverse=True)
@@ -216,7 +232,8 @@ def _places(points: Sequence[Point], names: Sequence[str]) -> dict[int, float]:
     return places
 
 
-def _star(wbits: float, hollow: bool) -> dict[str, Any]:
+def star(wbits: float, hollow: bool) -> dict[str, Any]:
+    """The look of a trained model's point; hollow is published."""
     look = trained_look(wbits) | {"markersize": 9}
     return look | {"markerfacecolor": "white", "markeredgewidth": 1.0} if hollow else look
 
@@ -230,9 +247,9 @@ def _legend(
         entries.append(("best PTQ per width", {"color": _BEST, "linestyle": "-"}))
     trained = [point for point in [*points, *ratios] if point.role == "trained"]
     for wbits in sorted({point.wbits for point in trained}):
-        entries.append((f"trained at {wbits:g} bit{'s' * (wbits != 1)}", _star(wbits, False)))
+        entries.append((f"trained at {wbits:g} bit{'s' * (wbits != 1)}", star(wbits, False)))
     if any(point.published for point in ratios) and not all(p.published for p in ratios):
-        entries.append(("published", _star(ratios[-1].wbits, True) | {"linestyle": "--"}))
+        entries.append(("published", star(ratios[-1].wbits, True) | {"linestyle": "--"}))
     if any(point.role == "full precision" for point in points):
         entries.append(("full precision", {"color": FULL, "linestyle": ":"}))
     if any(panel.chance is not None for panel in panels):

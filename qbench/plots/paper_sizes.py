@@ -7,12 +7,13 @@ numbers are other tasks and texts of other weights: they stand in panels of thei
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from qbench.comparison.energy_points import TOKENS, joules
 from qbench.comparison.entries import Entry
+from qbench.comparison.run_costs import TOKENS
+from qbench.comparison.savings import joules
 from qbench.comparison.scaling import fit
 from qbench.comparison.sizes import (
     LOSSES,
@@ -35,7 +36,6 @@ from qbench.plots.against_size import (
 from qbench.plots.paper_bits import published_chance
 from qbench.plots.style import empty_figure, our_style, panel_height
 from qbench.plots.wanted import Wanted
-from qbench.record import QuantizationRecord
 from qbench.tables.table import METRICS
 
 if TYPE_CHECKING:
@@ -59,12 +59,11 @@ def draw_bitnet_fig3(wanted: Wanted) -> Figure:
     everything = wanted.measured(baselines=None, schemes=None)
     shown, left_out = in_families(everything, wanted.asked() if everything else None)
     theirs, _ = in_families(wanted.published())
-    records = wanted.records() if shown else {}
     panels = loss_panels(shown, metric) if shown else []
     of_paper = _titled(loss_panels(theirs, metric) if theirs else [], "published")
     panels = with_sizes([*panels, *of_paper], "losses")
     about = [*size_caption([*shown, *theirs], panels, False, metric), *left_out_line(left_out)]
-    by_energy = [_over_energy(panel, [*shown, *theirs], records) for panel in panels]
+    by_energy = [_over_energy(panel, [*shown, *theirs]) for panel in panels]
     if any(panel is not None for panel in by_energy):
         about.append(f"Energy: arithmetic only, {TOKENS} tokens, 7 nm, as the paper counts.")
     return _draw(panels, by_energy, about, wanted.width_in or _PAGE_IN, accuracy=False)
@@ -124,13 +123,11 @@ def _titled(panels: Iterable[SizePanel], title: str) -> list[SizePanel]:
     return kept
 
 
-def _over_energy(
-    panel: SizePanel, entries: Sequence[Entry], records: Mapping[str, QuantizationRecord]
-) -> SizePanel | None:
+def _over_energy(panel: SizePanel, entries: Sequence[Entry]) -> SizePanel | None:
     """The same losses with joules across; None where fewer than two energies are known."""
     energies: dict[tuple[str, float], float] = {}
     for entry in entries:
-        energy, size = joules(entry, records), entry.facts["parameters"]
+        energy, size = joules(entry), entry.facts["parameters"]
         if energy and size:
             energies[str(entry.facts.get("run") or entry.series), float(size)] = energy
     moved = SizePanel(panel.title, unit=panel.unit)

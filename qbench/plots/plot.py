@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 KINDS = (
     *("accuracy-vs-bits", "perplexity-vs-bits", "accuracy-vs-size", "loss-vs-size"),
-    *("heatmap", "layer-errors", "bitnet-fig1", "bitnet-fig3", "bitnet-fig6"),
+    *("heatmap", "layer-errors", "bitnet-fig1", "bitnet-fig3", "bitnet-fig6", "b158-fig2"),
+    "b158-fig3",
 )
 BY_SIZE = KINDS[2:4]
 _OF_THEIR_OWN = {
@@ -35,6 +36,8 @@ _OF_THEIR_OWN = {
     "bitnet-fig1": ("paper_bits", "draw_bitnet_fig1"),
     "bitnet-fig3": ("paper_sizes", "draw_bitnet_fig3"),
     "bitnet-fig6": ("paper_sizes", "draw_bitnet_fig6"),
+    "b158-fig2": ("paper_costs", "draw_b158_fig2"),
+    "b158-fig3": ("paper_costs", "draw_b158_fig3"),
 }
 """Kinds that read the store themselves -> module in this folder, and its function."""
 
