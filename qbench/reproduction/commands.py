@@ -37,9 +37,9 @@ def reproduce(
         raise QBenchError(f"{name} is about one checkpoint; give --checkpoint once")
     request = replace(request, checkpoint=checkpoints[0] if checkpoints else None)
     if dry_run:
-        from qbench.reproduction.planning import plan_lines
+        from qbench.reproduction.planning import reproduction_lines
 
-        print("\n".join(plan_lines(preset, request)))
+        print("\n".join(reproduction_lines(preset, request)))
         return 0
     outcome = Reproduction.of(preset, request).run(Reporter())
     print(printing.render(outcome, form, width), end="")

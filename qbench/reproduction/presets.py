@@ -132,8 +132,8 @@ class Tolerance(_Strict):
 
     perplexity: float = 0.5
     """In percent of the published number."""
-    accuracy: float = 0.5
-    """In points."""
+    accuracy: float = 1.0
+    """In points; two papers print 39.69 and 40.03 of ARC-easy for one OPT-125M."""
 
 
 class Calibration(_Strict):
