@@ -1,5 +1,6 @@
 # make demo   install into .venv and show the main job
 # make test   install into .venv and run the default test suite
+# make test-extras   install the optional extra auto-gptq as well and run its tests
 # make bench [DATA=DIR], make bench-quick [DATA=DIR]   the claims about speed and memory
 PYTHON ?= python3
 BIN := .venv/bin
@@ -10,7 +11,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
-.PHONY: install demo test test-slow lint bench bench-quick
+.PHONY: install demo test test-slow test-extras lint bench bench-quick
 install: $(INSTALLED)
 
 demo: install
@@ -22,6 +23,10 @@ test: install
 
 test-slow: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
+
+test-extras: install
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,auto-gptq]"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/test_auto_gptq.py
 
 lint: install
 	$(BIN)/ruff check .
