@@ -212,23 +212,33 @@ def _add(panel: Panel, entry: Entry, number: Measured, x: str, different: set[st
         panel.remarks["pale, with per-layer overrides, not on the best line"].append(
             run_name(entry)
         )
+    panel.points.append(point_of(entry, number, place, different))
+
+
+def point_of(entry: Entry, number: Measured, place: float, different: set[str]) -> Point:
+    """The point of one run.
+
+    Args:
+        entry: the run.
+        number: what is on the other axis.
+        place: where it stands on the axis.
+        different: how it was measured differently from the rest; empty where it was not.
+    """
+    facts = entry.facts
     role = "trained" if entry.trained else "full precision" if entry.full_precision else "ptq"
-    name = facts["checkpoint"] if entry.trained else facts["label"]
-    panel.points.append(
-        Point(
-            x=place,
-            y=math.nan if number.value is None else number.value,
-            stderr=number.stderr,
-            role=role,
-            series=entry.series,
-            wbits=facts["wbits"],
-            abits=facts["abits"],
-            name=name,
-            comparable=not different,
-            mixed=entry.mixed,
-            run=facts.get("run") or "",
-            draws=number.draws,
-        )
+    return Point(
+        x=place,
+        y=math.nan if number.value is None else number.value,
+        stderr=number.stderr,
+        role=role,
+        series=entry.series,
+        wbits=facts["wbits"],
+        abits=facts["abits"],
+        name=facts["checkpoint"] if entry.trained else facts["label"],
+        comparable=not different,
+        mixed=entry.mixed,
+        run=facts.get("run") or "",
+        draws=number.draws,
     )
 
 
