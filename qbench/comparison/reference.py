@@ -93,7 +93,8 @@ def entries(name: str, keys: list[Key], num_fewshot: int = 0) -> list[Entry]:
         first = lines[0]
         if first["method"] == "Random" or not (cells or costs):
             continue  # the caller computes chance for its own tasks
-        found.append(Entry(_facts(first) | {"costs": costs}, first["method"], cells, "published"))
+        facts = _facts(first) | {"costs": costs, "published_row": f"{name} {first['row']}"}
+        found.append(Entry(facts, first["method"], cells, source="published"))
     return found
 
 

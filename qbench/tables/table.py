@@ -14,7 +14,8 @@ from qbench.comparison.seeds import merged
 from qbench.errors import QBenchError, unknown
 from qbench.study.store import Store
 from qbench.tables import render
-from qbench.tables.layouts import BY_SIZE, LAYOUTS, Options, lay_out
+from qbench.tables.arrangement import Options
+from qbench.tables.layouts import BY_SIZE, FEW_SHOT, LAYOUTS, lay_out
 from qbench.tables.marks import with_intervals, with_significance
 from qbench.tables.published import published_csv, published_sheet
 from qbench.tables.sheet import Sheet
@@ -54,7 +55,7 @@ def table(
 
     Args:
         store: where the results are.
-        layout: ``comparison``, ``sizes``, ``bitnet-table3`` or ``b158-table2``.
+        layout: one of :data:`qbench.tables.layouts.LAYOUTS`.
         metric: ``acc``, ``acc_norm`` (per character) or ``acc_token`` (per token); a task that
             has it not shows its ``acc`` and says so. ``sizes`` takes ``bits_per_byte`` as well.
         against: name of a published table whose rows are added, labelled as published.
@@ -89,10 +90,17 @@ def table(
         asked = asked_for(store, num_fewshot=num_fewshot, **rows, **quantized)
         quantized = {}
     of = metric if metric in METRICS else METRICS[0]
+    few = {}
+    if layout in FEW_SHOT:
+        chosen = select(_stored(store), **rows, **quantized)
+        chosen = chosen[(chosen["num_fewshot"] == FEW_SHOT[layout]).fillna(False)]
+        examples = entries(chosen, of) if each_seed else merged(entries(chosen, of))
+        few = {str(entry.facts["run"]): entry.cells for entry in examples}
+        num_fewshot = 0
     shown = stored_entries(
         store, of, num_fewshot=num_fewshot, each_seed=each_seed, **rows, **quantized
     )
-    sheet = lay_out(layout, shown, Options(metric, against, delta, asked))
+    sheet = lay_out(layout, shown, Options(metric, against, delta, asked, few))
     sheet = with_significance(sheet, store, significance)
     sheet = with_intervals(sheet) if interval else sheet
     return render.terminal(sheet, width) if format == "terminal" else FORMATS[format](sheet)
