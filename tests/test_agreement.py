@@ -8,6 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
+from cli_fixtures import qbench, records
+from study_fixtures import add, cells, quantization, task
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qbench import quantize_model
@@ -16,6 +19,11 @@ from qbench.evaluation import agreement, forward
 from qbench.evaluation.agreement import aligned, divergence
 from qbench.evaluation.evaluate import evaluate, prepare_task
 from qbench.evaluation.tasks import EvaluationOptions, TaskSpec
+from qbench.models.checkpoints import find_checkpoint
+from qbench.study.cells import Settings
+from qbench.study.runner import Workbench
+from qbench.study.store import Store
+from qbench.tables.table import table
 from qbench.testing import tiny_model, tiny_tokenizer
 
 DATA = Path(__file__).parent / "data"
@@ -276,3 +284,94 @@ def test_parts_of_other_sizes_are_cut_alike():
     assert all(torch.equal(a, b) for a, b in pairs)
     with pytest.raises(ValueError, match="different numbers"):
         list(aligned([rows], [rows[:5]]))
+
+
+def agreement_run(checkpoint, text, results, *more):
+    options = ["--calibration", text, "--nsamples", 2, "--seqlen", 16, "--limit", 3]
+    options += ["--tasks", f"{text}@agreement-16,{text}@gptq-16", "--results", results]
+    qbench("run", checkpoint, *options, *more)
+    return {path: timeless(record) for path, record in records(results).items()}
+
+
+def timeless(record):
+    """What two runs that measured the same thing share."""
+    own = {"wall_seconds", "peak_memory_bytes", "created", "layers"}
+    return {name: value for name, value in record.items() if name not in own}
+
+
+def test_a_streamed_run_agrees_to_the_last_bit_with_one_in_memory(tiny, text, tmp_path):
+    quantized = ["--baseline", "gptq", "--scheme", "W3A8"]
+    whole = agreement_run(tiny, text, tmp_path / "memory", *quantized)
+    streamed = agreement_run(tiny, text, tmp_path / "stream", "--stream", *quantized)
+    assert whole == streamed and len(whole) == 3
+    (found,) = [r["metrics"] for r in whole.values() if "kl_divergence" in r.get("metrics", {})]
+    assert found["kl_divergence"]["value"] > 1e-5
+
+
+@pytest.mark.parametrize("how", ["--no-stream", "--stream"])
+def test_the_full_precision_row_is_exact(how, tiny, text, tmp_path):
+    (found,) = [
+        record["metrics"]
+        for record in agreement_run(tiny, text, tmp_path, how).values()
+        if "kl_divergence" in record.get("metrics", {})
+    ]
+    assert found["kl_divergence"] == {"value": 0.0, "stderr": 0.0, "non_finite": None}
+    assert found["top1_agreement"] == {"value": 1.0, "stderr": 0.0, "non_finite": None}
+
+
+def test_full_precision_runs_once_for_all_cells_of_a_sweep(tiny, text, tmp_path, monkeypatch):
+    made = []
+    inner = agreement.AgreementTask.refer
+    monkeypatch.setattr(
+        agreement.AgreementTask, "refer", lambda *args: (made.append(1), inner(*args))[1]
+    )
+    path = tmp_path / "sweep.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "checkpoints": [str(tiny)],
+                "baselines": ["none", "rtn"],
+                "schemes": ["W4A16", "W3A16", "W3A8"],
+                "tasks": [f"{text}@agreement-16"],
+                "results": str(tmp_path / "runs"),
+            }
+        )
+    )
+    qbench("sweep", path)
+    measured = [r for r in records(tmp_path / "runs").values() if "metrics" in r]
+    assert len(measured) == 4 and len(made) == 1
+    kl = [record["metrics"]["kl_divergence"]["value"] for record in measured]
+    assert len(set(kl)) == 4
+
+
+def test_a_trained_model_has_nothing_to_agree_with(tmp_path):
+    settings = Settings(
+        (TaskSpec("world", protocol="agreement-32"), TaskSpec("world")),
+        EvaluationOptions("bundled:world"),
+    )
+    bench = Workbench(find_checkpoint("bundled:b158-0.5m"), settings, Store(tmp_path))
+    plan = bench.plan(*bench.cells([]))
+    assert plan.pending == [TaskSpec("world")]
+    (line,) = plan.left_out_lines()
+    assert line.startswith("world@agreement-32: not applicable: ")
+
+
+def test_tables_show_both_numbers_and_the_best_of_each(tmp_path):
+    store = Store(tmp_path)
+    made = {"none": (0.0, 1.0), "rtn": (0.02, 0.9), "gptq": (0.01, 0.85)}
+    for baseline, (kl, top) in made.items():
+        scheme = "W16A16" if baseline == "none" else "W4A16:w=channel,grid=asym"
+        record = add(store, quantization(baseline=baseline, scheme=scheme))
+        metrics = {"kl_divergence": kl, "top1_agreement": top}
+        measured = task(record, "wikitext2", metrics, n_items=16, protocol="agreement-2048")
+        store.save_task(record.checkpoint, record.key, measured)
+    trained = quantization("BitNet", scheme="W1A8:grid=sign,agrid=bitnet", trained=True)
+    add(store, trained, perplexity={"wikitext2@gptq-2048": 17.0})
+    rows = cells(table(store))
+    kl, top = (f"{name} wikitext2 agreement-2048" for name in ("KL", "top-1"))
+    assert [(row[kl], row[top]) for row in rows] == [
+        ("0", "100.0"),
+        ("**0.0100**", "85.0"),
+        ("0.0200", "**90.0**"),
+        ("n/a", "n/a"),
+    ]
