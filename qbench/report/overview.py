@@ -10,7 +10,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
-from qbench.comparison.entries import Entry, common, deviations, say
+from qbench.comparison.entries import TOP_1, Entry, common, deviations, say
 from qbench.comparison.headings import size_text, task_order
 from qbench.comparison.pairing import ENVIRONMENT
 from qbench.report.findings import Link, Sentence
@@ -121,7 +121,8 @@ def _tasks(entries: Sequence[Entry]) -> list[str]:
         if not usual:
             continue
         items = Counter(number.n_items for number in numbers).most_common(1)[0][0]
-        kind = f"perplexity, {key[1]}" if key[1] else str(usual["metric"])
+        protocol = key[1].removesuffix(TOP_1)
+        kind = f"{numbers[0].kind}, {protocol}" if key[1] else str(usual["metric"])
         how = [kind, f"{items:,} {'windows' if key[1] else 'questions'}" if items else ""]
         how += [say("num_fewshot", usual["num_fewshot"])] if not key[1] else []
         lines.append(f"{key[0]}: {', '.join(part for part in how if part)}")

@@ -10,13 +10,18 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from qbench.comparison.entries import Entry, Measured
+from qbench.comparison.entries import TOP_1, Entry, Measured
 from qbench.comparison.headings import MISSING, size_text
 from qbench.record import LayerReport, QuantizationRecord
 from qbench.report.answers import short
 from qbench.scheme import Scheme, format_bits
 from qbench.study.store import Run
-from qbench.tables.sheet import accuracy_text, difference_text, perplexity_text
+from qbench.tables.sheet import (
+    accuracy_text,
+    difference_text,
+    divergence_text,
+    perplexity_text,
+)
 
 Pairs = list[tuple[str, str]]
 
@@ -117,13 +122,13 @@ def _groups(entry: Entry, run: Run) -> list[tuple[str, Pairs]]:
 
 def _measurement(key: tuple[str, str], number: Measured, full: Entry | None) -> dict[str, Any]:
     base = full.cells.get(key) if full is not None else None
-    perplexity = number.kind == "perplexity"
+    percent = number.kind in ("accuracy", "agreement")
     shots = number.conditions.get("num_fewshot")
     how = [f"{shots}-shot"] if shots else []
     how += [f"limit={number.conditions['limit']}"] if number.conditions.get("limit") else []
     found: dict[str, Any] = {
         "task": number.task,
-        "protocol": key[1] or str(number.conditions.get("protocol") or ""),
+        "protocol": key[1].removesuffix(TOP_1) or str(number.conditions.get("protocol") or ""),
         "metric": number.metric,
         "value": "failed",
         "n": number.n_items,
@@ -137,16 +142,17 @@ def _measurement(key: tuple[str, str], number: Measured, full: Entry | None) -> 
     }
     if number.value is None:
         return found
-    text = perplexity_text if perplexity else accuracy_text
+    texts = {"perplexity": perplexity_text, "divergence": divergence_text}
+    text = texts.get(number.kind, accuracy_text)
     found["value"] = _value(number.value, number.stderr, number.metric)
     if base is not None and base.value is not None:
         found["full"] = text(base.value)
-        found["difference"] = difference_text(number.value - base.value, percent=not perplexity)
+        found["difference"] = difference_text(number.value - base.value, percent=percent)
     return found
 
 
 def _value(value: float, error: float | None, metric: str) -> str:
-    if metric.startswith("acc"):
+    if metric.startswith("acc") or metric == "top1_agreement":
         return accuracy_text(value, error)
     text = perplexity_text if "perplexity" in metric else "{:.4g}".format
     known = error is not None and math.isfinite(value)
