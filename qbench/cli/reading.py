@@ -44,6 +44,9 @@ def table(
     scheme: Names = [],  # noqa: B006
     task: Names = [],  # noqa: B006
     num_fewshot: Annotated[int | None, typer.Option()] = None,
+    flips: Annotated[
+        bool, typer.Option("--flips", help="Share of answers that differ from full precision's.")
+    ] = False,
     each_seed: Annotated[
         bool, typer.Option("--each-seed", help="A row per seed, not mean and spread.")
     ] = False,
@@ -79,6 +82,7 @@ def table(
             tasks=task or None,
             num_fewshot=num_fewshot,
             each_seed=each_seed,
+            flips=flips,
             significance=significance,
             interval=interval,
         )

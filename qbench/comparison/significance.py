@@ -77,7 +77,7 @@ class Verdict:
 
 
 @dataclass
-class Tester:
+class PairedTests:
     """Tests numbers of one store against each other; items are read once."""
 
     store: Store
@@ -134,13 +134,18 @@ class Tester:
             raise NotPaired("a published number has no items")
         return [
             pair(
-                self._measurement(a.runs[turn % len(a.runs)], a.measured),
-                self._measurement(b.runs[turn % len(b.runs)], b.measured),
+                self.measurement(a.runs[turn % len(a.runs)], a.measured),
+                self.measurement(b.runs[turn % len(b.runs)], b.measured),
             )
             for turn in range(math.lcm(len(a.runs), len(b.runs)))
         ]
 
-    def _measurement(self, run: str, measured: Measured) -> Measurement:
+    def measurement(self, run: str, measured: Measured) -> Measurement:
+        """The stored items behind a number of a run, read once.
+
+        Raises:
+            NotPaired: where they are not in the store any more.
+        """
         if not self._runs:
             self._runs = {
                 found.path.relative_to(self.store.root).as_posix(): found

@@ -97,7 +97,7 @@ def mean_column(
             continue
         mean = mean_of([m for m in numbers if m is not None])
         comparable = all(cell.comparable for cell in row)
-        text = _with_spread(accuracy_text(mean.value or 0.0, mean.stderr if stderr else None), mean)
+        text = with_spread(accuracy_text(mean.value or 0.0, mean.stderr if stderr else None), mean)
         note = () if comparable else ("mean over numbers that were not all measured alike",)
         cells.append(Cell(text, note, measured=mean, comparable=comparable))
     if not parts:
@@ -144,10 +144,10 @@ def _score(entry: Entry, key: Key, usual: dict[str, object], stderr: bool) -> Ce
         text = divergence_text(number.value)
     else:
         text = accuracy_text(number.value, number.stderr if stderr else None)
-    return Cell(_with_spread(text, number), notes, measured=number, comparable=not different)
+    return Cell(with_spread(text, number), notes, measured=number, comparable=not different)
 
 
-def _with_spread(text: str, number: Measured) -> str:
+def with_spread(text: str, number: Measured) -> str:
     """A number's text with its standard deviation over seeds: "61.2 ± 0.9 (sd 0.4)"."""
     over_seeds = spread(number)
     if over_seeds is None:

@@ -15,6 +15,7 @@ from qbench.errors import QBenchError, unknown
 from qbench.study.store import Store
 from qbench.tables import render
 from qbench.tables.arrangement import Options
+from qbench.tables.flips import with_flips
 from qbench.tables.layouts import BY_SIZE, FEW_SHOT, LAYOUTS, lay_out
 from qbench.tables.marks import with_intervals, with_significance
 from qbench.tables.published import published_csv, published_sheet
@@ -48,6 +49,7 @@ def table(
     tasks: Sequence[str] | None = None,
     num_fewshot: int | None = None,
     each_seed: bool = False,
+    flips: bool = False,
     significance: str = "off",
     interval: bool = False,
 ) -> str:
@@ -69,6 +71,7 @@ def table(
         tasks: keep these columns only.
         num_fewshot: keep measurements with this many examples only.
         each_seed: a row for every seed, instead of their mean and spread.
+        flips: add the share of answers that differ from full precision's.
         significance: ``fp16`` marks what differs significantly from the full-precision row,
             ``best`` shares the bold mark with rows that are not significantly worse than the best
             of their width, ``off`` tests nothing (:mod:`qbench.tables.marks`).
@@ -103,6 +106,7 @@ def table(
     sheet = lay_out(layout, shown, Options(metric, against, delta, asked, few))
     sheet = with_significance(sheet, store, significance)
     sheet = with_intervals(sheet) if interval else sheet
+    sheet = with_flips(sheet, store) if flips else sheet
     return render.terminal(sheet, width) if format == "terminal" else FORMATS[format](sheet)
 
 
