@@ -7,6 +7,7 @@ figure looks like stands in a module of its own, and only that of the wanted kin
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,9 +28,10 @@ if TYPE_CHECKING:
 KINDS = (
     *("accuracy-vs-bits", "perplexity-vs-bits", "accuracy-vs-size", "loss-vs-size"),
     *("heatmap", "layer-errors", "bitnet-fig1", "bitnet-fig3", "bitnet-fig6", "b158-fig2"),
-    "b158-fig3",
+    *("b158-fig3", "accuracy-vs-cost", "perplexity-vs-cost"),
 )
 BY_SIZE = KINDS[2:4]
+BY_COST = ("accuracy-vs-cost", "perplexity-vs-cost")
 _OF_THEIR_OWN = {
     "heatmap": ("heatmap", "draw_heatmap"),
     "layer-errors": ("profile", "draw_layer_errors"),
@@ -38,6 +40,8 @@ _OF_THEIR_OWN = {
     "bitnet-fig6": ("paper_sizes", "draw_bitnet_fig6"),
     "b158-fig2": ("paper_costs", "draw_b158_fig2"),
     "b158-fig3": ("paper_costs", "draw_b158_fig3"),
+    "accuracy-vs-cost": ("against_cost", "draw_against_cost"),
+    "perplexity-vs-cost": ("against_cost", "draw_against_cost"),
 }
 """Kinds that read the store themselves -> module in this folder, and its function."""
 
@@ -63,7 +67,9 @@ def plot(
         store: where the results are.
         kind: one of ``KINDS``; None takes the first one that shows the metric.
         output: a .png, .svg or .pdf file; its folder is made if need be.
-        x: ``wbits`` or ``effective_bits``; not for the kinds against size.
+        x: ``wbits`` or ``effective_bits``; not for the kinds against size. Against cost: ``size``
+            (also what ``wbits`` gives there), ``energy``, ``energy_int32`` or ``effective_bits``,
+            all of the whole model.
         metric: ``acc``, ``acc_norm`` or ``acc_token``; ``perplexity`` takes the kind against bits
             or size that shows it; ``bits_per_byte`` is a loss.
         against: name of a published table whose full-precision and trained rows are added, hollow;
@@ -152,9 +158,11 @@ def draw(
 
 def _draw_its_own(wanted: Wanted, x: str) -> Figure:
     """A figure of a kind that reads the store itself."""
-    if x != X_AXES[0]:
-        raise QBenchError(f"{wanted.kind} has its own axes; leave --x out")
     module, name = _OF_THEIR_OWN[wanted.kind]
+    if wanted.kind in BY_COST:
+        wanted = replace(wanted, x="size" if x == X_AXES[0] else x)
+    elif x != X_AXES[0]:
+        raise QBenchError(f"{wanted.kind} has its own axes; leave --x out")
     figure: Figure = getattr(import_module(f"qbench.plots.{module}"), name)(wanted)
     return figure
 

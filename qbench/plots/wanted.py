@@ -32,6 +32,8 @@ class Wanted:
     schemes: Sequence[str] | None = None
     tasks: Sequence[str] | None = None
     num_fewshot: int | None = None
+    x: str = ""
+    """The axis, for kinds that have a choice of their own."""
 
     def filters(self) -> dict[str, Any]:
         """What narrows the rows, as :func:`qbench.tables.table.stored_entries` takes it."""
