@@ -105,7 +105,8 @@ def plot(
         str | None,
         typer.Option(
             help="accuracy-vs-bits, perplexity-vs-bits, accuracy-vs-size, loss-vs-size, heatmap, "
-            "layer-errors, bitnet-fig1, bitnet-fig3, bitnet-fig6"
+            "layer-errors, bitnet-fig1, bitnet-fig3, bitnet-fig6, b158-fig2, b158-fig3, "
+            "accuracy-vs-cost, perplexity-vs-cost"
         ),
     ] = None,
     metric: Annotated[
@@ -115,7 +116,13 @@ def plot(
             "relative_error or proxy_loss"
         ),
     ] = "acc",
-    x: Annotated[str, typer.Option(help="wbits or effective_bits")] = "wbits",
+    x: Annotated[
+        str,
+        typer.Option(
+            help="wbits or effective_bits; against cost: size, energy, energy_int32 or "
+            "effective_bits, of the whole model"
+        ),
+    ] = "wbits",
     against: Annotated[
         str | None, typer.Option(help="A published table; against size only.")
     ] = None,

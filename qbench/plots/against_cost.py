@@ -255,6 +255,8 @@ def _about(panels: Sequence[Panel], sizes: dict[str, int], x: str) -> list[str]:
     if counts and max(counts) >= 1.5 * min(counts):
         ends = f"{count_text(min(counts))} to {count_text(max(counts))}"
         found.append(f"Larger markers: larger checkpoints, {ends} parameters.")
+        if x == "effective_bits":
+            found.append("Bits per weight leave out how many weights there are: see also --x size.")
     if x.startswith("energy"):
         found.append(
             "Energy: arithmetic only, as BitNet counts it, without memory access, embeddings and "
