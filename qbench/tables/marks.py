@@ -12,6 +12,7 @@ runs (``sizes``), and published numbers, which have no items.
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -85,8 +86,16 @@ def with_intervals(sheet: Sheet) -> Sheet:
     Means over tasks keep their standard error: no single share stands behind them.
     """
     columns = [replace(c, cells=[_with_interval(cell) for cell in c.cells]) for c in sheet.columns]
-    told = f"Brackets: {1 - LEVEL:.0%} Wilson interval of an accuracy; ±: standard error."
-    return replace(sheet, columns=columns, remarks=[*sheet.remarks, told])
+    told = f" with its {1 - LEVEL:.0%} Wilson interval"
+    if any("±" in cell.text for column in columns for cell in column.cells):
+        told += " (means ± standard error)"
+    remarks = [
+        re.sub(r"( in percent)( ± standard error)?", rf"\1{told}", line)
+        if line.startswith("Tasks:")
+        else line
+        for line in sheet.remarks
+    ]
+    return replace(sheet, columns=columns, remarks=remarks)
 
 
 def _number(sheet: Sheet, column: int, row: int) -> Number:
@@ -179,8 +188,12 @@ def _family(tested: Sequence[Verdict], untested: int) -> str:
     rest = f"; {untested} more could not be tested" if untested else ""
     return (
         f"Paired tests on the same items at the level {LEVEL}, Holm's correction over the "
-        f"{len(tested)} comparisons of this table ({', '.join(parts)}{rest})."
+        f"{_count(len(tested))} of this table ({', '.join(parts)}{rest})."
     )
+
+
+def _count(comparisons: int) -> str:
+    return "only comparison" if comparisons == 1 else f"{comparisons} comparisons"
 
 
 def _by_value_alone(sheet: Sheet) -> Sheet:
