@@ -53,6 +53,7 @@ TORCH_FREE = """
     qbench.tables.published
     qbench.comparison.statistics qbench.comparison.pairing qbench.comparison.significance
     qbench.comparison.two_runs qbench.comparison.finding qbench.tables.two_runs qbench.tables.marks
+    qbench.comparison.seeds qbench.tables.flips
     qbench.comparison.headings qbench.comparison.panels qbench.comparison.reference
     qbench.plots.plot
     qbench.comparison.scaling qbench.comparison.sizes qbench.tables.size_table qbench.plots.style

@@ -10,6 +10,7 @@ import statistics
 import pytest
 import yaml
 from cli_fixtures import qbench, records, refused
+from items_fixtures import questions, save
 from study_fixtures import add, cells, numbers, quantization, task
 
 from qbench.comparison.entries import entries, mean_of, perplexity_keys
@@ -407,3 +408,63 @@ def test_a_draw_says_its_text_or_its_seed():
     assert str(Draw(text, 3)) == "text.txt seed 3"
     assert str(Draw(None, 3)) == "seed 3"
     assert json.loads(text.model_dump_json())["seed"] == 3
+
+
+# answers of several seeds
+
+
+@pytest.fixture
+def answered(tmp_path):
+    """Four questions of two tasks: full precision, two seeds of QuIP, rounding to nearest.
+
+    Full precision chooses options 0 0 1 2 of piqa and 0 0 0 0 of boolq; option 0 is right.
+    """
+    store = Store(tmp_path / "answers")
+
+    def chosen(record, piqa, boolq):
+        save(store, record, {"piqa": questions(piqa), "boolq": questions(boolq)})
+
+    chosen(quantization(), [0, 0, 1, 2], [0, 0, 0, 0])
+    rtn = quantization(baseline="rtn", scheme="W2A16:w=channel,grid=asym")
+    chosen(rtn, [0, 1, 0, 2], [0, 0, 0, 0])  # as often right, another answer to half of piqa
+    for seed, piqa in enumerate([[0, 0, 1, 3], [3, 3, 3, 3]]):
+        calibration = CalibrationSpec(seed=seed)
+        scheme = "W2A16:w=tensor,grid=rms"
+        record = quantization(baseline="quip", scheme=scheme, calibration=calibration, seed=seed)
+        chosen(record, piqa, [0, 0, 1, 1])
+    return store
+
+
+def test_flips_are_counted_against_full_precision_for_every_seed(answered):
+    """Rounding: 2 of 4 and 0 of 4; QuIP: 1 and 4 of 4 of piqa, 2 of 4 of boolq."""
+    rows = {row["Method"]: row for row in cells(table(answered, flips=True))}
+    assert "50.0" in rows["rtn"]["piqa"] and rows["rtn"]["Flips"] == "25.0"
+    each = [(1 / 4 + 2 / 4) / 2, (4 / 4 + 2 / 4) / 2]
+    assert rows["quip (2 seeds)"]["Flips"] == (
+        f"{50 * sum(each):.1f} (sd {100 * statistics.stdev(each):.1f})"
+    )
+    assert rows["full precision"]["Flips"] == "–"
+    assert "Flips" not in table(answered)
+
+
+def test_flips_without_full_precision_are_none(answered):
+    rows = cells(table(answered, baselines=["rtn"], flips=True))
+    assert [row["Flips"] for row in rows] == ["–"]
+
+
+def test_flips_of_other_data_are_refused_with_the_reason(answered):
+    record = quantization(baseline="gptq", scheme="W2A16:w=channel,grid=asym")
+    save(answered, record, {"piqa": questions([0, 0, 0, 0])}, data="other data")
+    save(answered, record, {"boolq": questions([0, 0, 0, 0])})
+    text = table(answered, flips=True)
+    (row,) = [row for row in cells(text) if row["Method"].startswith("gptq")]
+    assert row["Flips"].startswith("–")
+    assert re.search(r"no flips of gptq W2A16: .*data", text)
+
+
+def test_rows_of_several_seeds_are_tested_on_all_of_them(answered):
+    """The first seed of QuIP has one answer less right than full precision, the second two."""
+    tested = numbers(table(answered, format="csv", significance="fp16"))
+    (line,) = [x for x in tested if x["baseline"] == "quip" and x["task"] == "piqa"]
+    assert (line["n_seeds"], line["verdict"] != "") == ("2", True)
+    assert float(line["value"]) == pytest.approx((2 / 4 + 0) / 2)

@@ -206,6 +206,8 @@ def _with_interval(cell: Cell) -> Cell:
     number = cell.measured
     if number is None or number.kind != "accuracy" or number.parts or number.value is None:
         return cell
+    if number.draws:
+        return cell  # a mean over seeds
     right = number.value * (number.n_items or 0)
     if not number.n_items or abs(right - round(right)) > 1e-6 * number.n_items:
         return cell  # no share of questions
