@@ -256,48 +256,6 @@ def test_a_list_of_what_was_never_stored_says_so(tmp_path):
     assert message.startswith(f"no results under {tmp_path / 'none'}")
 
 
-def test_the_doctor_names_packages_places_and_missing_data(tmp_path, monkeypatch):
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    out = qbench("doctor", "--data", DATA, "--results", tmp_path / "runs").stdout
-    found = {line[9:].partition(":")[0]: line for line in out.splitlines()}
-    assert found["torch"].split()[-1] == torch.__version__
-    assert found["results"].startswith("ok ") and not (tmp_path / "runs").exists()
-    assert found["task piqa"] == "ok       task piqa: validation.jsonl"
-    assert "test.jsonl" in found["task wsc273_lmeval"]  # it shares its rows with wsc273
-    assert "train.jsonl" in found["corpus ptb-new"]
-    empty = qbench("doctor", "--data", tmp_path, "--results", tmp_path / "runs").stdout
-    assert f"absent   task piqa: not in {tmp_path / 'tasks' / 'piqa'}, so it has to come" in empty
-
-
-def test_the_doctor_says_what_makes_a_machine_slow(tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
-    lines = qbench("doctor", "--results", tmp_path).stdout.splitlines()
-    assert "ok       waiting threads: asleep (OMP_WAIT_POLICY=passive)" in lines
-    assert any(line.startswith("ok       column loops: compiled by numba ") for line in lines)
-    assert any(re.fullmatch(r"ok       memory: \d+\.\d GiB free", line) for line in lines)
-
-    def version(name):
-        if name == "numba":
-            raise PackageNotFoundError(name)
-        return importlib.metadata.version(name)
-
-    monkeypatch.setattr(doctor, "version", version)
-    monkeypatch.setattr(doctor, "free_memory", lambda: 2**29)
-    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
-    lines = qbench("doctor", "--results", tmp_path, code=1).stdout.splitlines()
-    assert any(line.startswith("absent   column loops: numba is not installed") for line in lines)
-    assert "PROBLEM  memory: 0.5 GiB free" in lines
-    assert any("waiting threads: awake (OMP_WAIT_POLICY=active)" in line for line in lines)
-
-
-def test_the_doctor_finds_a_folder_that_cannot_be_written_and_data_that_is_not_there(tmp_path):
-    (tmp_path / "file").write_text("")
-    out = qbench("doctor", "--results", tmp_path / "file" / "runs", code=1).stdout
-    assert "PROBLEM  results: cannot write results under" in out
-    out = qbench("doctor", "--data", tmp_path / "no", "--results", tmp_path, code=1).stdout
-    assert f"PROBLEM  data: {tmp_path / 'no'} is no folder" in out
-
-
 def test_check_passes_a_good_plugin(tmp_path):
     file = tmp_path / "good.py"
     file.write_text(PLUGIN)

@@ -60,6 +60,7 @@ TORCH_FREE = """
     qbench.plots.against_bits qbench.plots.against_size
     qbench.comparison.layer_errors qbench.plots.wanted qbench.plots.heatmap qbench.plots.profile
     qbench.study.listing qbench.study.environment qbench.study.doctor
+    qbench.study.findings qbench.study.data_findings
 """.split()
 
 

@@ -184,8 +184,12 @@ def check(
 
 
 @app.command()
-def doctor(data: Data = None, results: Results = DEFAULT_RESULTS) -> None:
-    """Say what this machine has and what it lacks."""
+def doctor(
+    data: Data = None,
+    results: Results = DEFAULT_RESULTS,
+    hub: Annotated[bool, typer.Option("--hub", help="Also ask whether the Hub answers.")] = False,
+) -> None:
+    """Say what this machine has and what it lacks; exit code 1 if a run would fail of it."""
     from qbench.study import commands
 
-    sys.exit(commands.doctor(data, results))
+    sys.exit(commands.doctor(data, results, hub))

@@ -276,11 +276,11 @@ def check(baseline: str, fields: Iterable[str]) -> int:
     return 1 if failed else 0
 
 
-def doctor(data: Path | None, results: Path) -> int:
+def doctor(data: Path | None, results: Path, ask_hub: bool = False) -> int:
     """Print what was found; 1 if something a run needs is missing."""
     from qbench.study.doctor import examine
+    from qbench.study.findings import report
 
-    findings = examine(data_folder(data), results)
-    for finding in findings:
-        print(finding)
+    findings = examine(data_folder(data), results, ask_hub)
+    print("\n".join(report(findings)))
     return 1 if any(finding.is_problem for finding in findings) else 0
