@@ -240,7 +240,7 @@ def _check_packing(name: str, entry: Mapping[str, Any]) -> None:
 
 def _settings(entry: Mapping[str, Any], meta: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """Hyperparameters that the configuration names, in the words of qbench."""
-    words = {"damp_percent": "percdamp", "static_groups": "static_groups", "mse": "mse"}
+    words = {"damp_percent": "percdamp", "static_groups": "static_groups"}
     words |= {"true_sequential": "true_sequential"}
     both = {**meta, **entry}
     simple = (bool, int, float)

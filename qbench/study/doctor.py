@@ -1,138 +1,228 @@
-"""What this machine has: packages, device, data, whether results can be written."""
+"""What this machine has for a run: packages, extras, processor, memory, data, results.
+
+Everything is looked up where it lies; nothing is downloaded, and the Hub is asked only on request.
+Left out: whether a method or a checkpoint works, which ``qbench check`` and ``--dry-run`` say.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
+import threading
+import warnings
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 from qbench.errors import QBenchError
+from qbench.study.data_findings import data_findings, is_offline
 from qbench.study.environment import environment
+from qbench.study.findings import Finding
 from qbench.study.speed import free_memory
-from qbench.study.store import Store
+from qbench.study.store import Run, Store
+
+PACKAGES, EXTRAS, MACHINE = "Packages", "Optional", "Machine"
+RESULTS, HUB = "Results", "Hub"
+_DECIDING = ("torch", "transformers", "lm_eval", "tokenizers")
+"""Packages whose version can move a number."""
+_LATEX = ("latexmk", "pdflatex", "xelatex", "lualatex", "tectonic")
+_BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+_HUB_SECONDS = 6
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at."""
+def examine(data: Path | None, results: Path, ask_hub: bool = False) -> list[Finding]:
+    """Everything worth knowing before a run.
 
-    what: str
-    found: str
-    is_problem: bool = False
-    is_absent: bool = False
-    """Not here, which matters only to those who want it."""
-
-    def __str__(self) -> str:
-        state = "PROBLEM" if self.is_problem else "absent" if self.is_absent else "ok"
-        return f"{state:8} {self.what}: {self.found}"
-
-
-def examine(data: Path | None, results: Path) -> list[Finding]:
-    """Everything worth knowing before a run."""
-    found = list(_packages())
-    found += _machine()
-    found += _results(results)
-    found += _data(data)
+    Args:
+        data: the user's data folder.
+        results: where runs are stored.
+        ask_hub: whether to see if the Hub answers, which takes up to some seconds.
+    """
+    found = [*_packages(), *_optional(), *_machine(), *_results(results)]
+    found += _hub(ask_hub)
+    found += data_findings(data)
     return found
 
 
-def _packages() -> Iterator[Finding]:
+def _requirements(extra: str) -> Iterator[tuple[str, str]]:
+    """(name, specifier) of what qbench needs; with an extra, of what that adds."""
     from packaging.requirements import Requirement
 
     for text in requires("qbench") or []:
         requirement = Requirement(text)
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+        marker = requirement.marker
+        always = marker is None or marker.evaluate({"extra": ""})
+        if (always and not extra) or (extra and not always and marker.evaluate({"extra": extra})):
+            yield requirement.name, str(requirement.specifier)
+
+
+def _fits(have: str, specifier: str) -> bool:
+    from packaging.specifiers import SpecifierSet
+
+    return SpecifierSet(specifier).contains(have, prereleases=True)
+
+
+def _packages() -> Iterator[Finding]:
+    yield Finding(PACKAGES, "qbench", _version("qbench") or "not installed as a package")
+    for name, specifier in _requirements(""):
+        have = _version(name)
+        if have is None:
+            found = f'is not installed; pip install "{name}{specifier}"'
+        elif not _fits(have, specifier):
+            found = (
+                f'{have}, but qbench needs {specifier}; pip install --upgrade "{name}{specifier}"'
+            )
+        else:
+            yield Finding(PACKAGES, name, have)
             continue
-        try:
-            have = version(requirement.name)
-        except PackageNotFoundError:
-            yield Finding(requirement.name, "is not installed; pip install qbench", True)
+        yield Finding(PACKAGES, name, found, "PROBLEM")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _optional() -> Iterator[Finding]:
+    """Extras of qbench, and programs that some results are made for."""
+    from importlib.metadata import metadata
+
+    for extra in metadata("qbench").get_all("Provides-Extra") or []:
+        if extra == "dev":
             continue
-        fits = requirement.specifier.contains(have, prereleases=True)
-        wanted = "" if fits else f", but qbench needs {requirement.specifier}"
-        yield Finding(requirement.name, f"{have}{wanted}", not fits)
+        wanted = list(_requirements(extra))
+        have = {name: _version(name) for name, _ in wanted}
+        if not wanted:
+            yield Finding(EXTRAS, extra, "has no release for this version of Python", "absent")
+        elif all(v is not None and _fits(v, dict(wanted)[n]) for n, v in have.items()):
+            yield Finding(EXTRAS, extra, ", ".join(f"{n} {v}" for n, v in have.items()))
+        else:
+            found = f'not installed; pip install "qbench[{extra}]" adds the baseline'
+            yield Finding(EXTRAS, extra, found, "absent")
+    programs = (
+        ("LaTeX", _LATEX, "tables for a paper are written without it, and not tried out"),
+        ("browser", _BROWSERS, "report pages are written without it; any browser opens them"),
+    )
+    for what, names, without in programs:
+        path = next((p for p in map(shutil.which, names) if p), None)
+        yield Finding(EXTRAS, what, path or without, "ok" if path else "absent")
 
 
 def _machine() -> Iterator[Finding]:
     import torch
 
     facts = environment()
-    yield Finding("python", f"{facts['python']} on {facts['system']}")
-    yield Finding(
-        "processor", f"{facts['cpu']}, {facts['cpus']} usable, {facts['threads']} threads"
-    )
-    yield Finding("waiting threads", _waiting())
+    yield Finding(MACHINE, "python", f"{facts['python']} on {facts['system']}")
+    processor = f"{facts['cpu']}, {facts['cpus']} usable, {facts['threads']} threads"
+    yield Finding(MACHINE, "processor", processor)
+    yield _waiting()
     yield _column_loops()
     free = free_memory()
     if free is not None:
-        yield Finding("memory", f"{free / 2**30:.1f} GiB free", free < 2**30)
+        text = f"{free / 2**30:.1f} GiB free"
+        little = free < 2**30
+        text += "; a small model takes 1, close something or take --stream" if little else ""
+        yield Finding(MACHINE, "memory", text, "PROBLEM" if little else "ok")
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        yield Finding("gpu", ", ".join(names))
+        yield Finding(MACHINE, "gpu", ", ".join(names))
     else:
-        yield Finding("gpu", "none; everything runs on the processor")
+        yield Finding(MACHINE, "gpu", "none; everything runs on the processor", "note")
 
 
-def _waiting() -> str:
+def _waiting() -> Finding:
     """What threads do at the end of a product; qbench's own commands let them sleep."""
     policy = os.environ.get("OMP_WAIT_POLICY", "not set").lower()
     if policy == "passive":
-        return "asleep (OMP_WAIT_POLICY=passive)"
-    return f"awake (OMP_WAIT_POLICY={policy}), many times slower beside another process"
+        return Finding(MACHINE, "waiting threads", "asleep (OMP_WAIT_POLICY=passive)")
+    found = (
+        f"awake (OMP_WAIT_POLICY={policy}), many times slower beside another process; set it to "
+        "passive"
+    )
+    return Finding(MACHINE, "waiting threads", found, "note")
 
 
 def _column_loops() -> Finding:
     """Whether the column loops of GPTQ and LDLQ are compiled."""
-    try:
-        return Finding("column loops", f"compiled by numba {version('numba')}")
-    except PackageNotFoundError:
-        slow = "numba is not installed, so they run in torch, many times slower"
-        return Finding("column loops", slow, is_absent=True)
+    have = _version("numba")
+    if have is not None:
+        return Finding(MACHINE, "column loops", f"compiled by numba {have}")
+    slow = "numba is not installed, so they run in torch, many times slower"
+    return Finding(MACHINE, "column loops", slow, "absent")
 
 
 def _results(results: Path) -> Iterator[Finding]:
     try:
         Store(results).check_writable()
     except QBenchError as error:
-        yield Finding("results", str(error), True)
+        yield Finding(RESULTS, "folder", str(error), "PROBLEM")
         return
     folder = results
     while not folder.exists():
         folder = folder.parent if folder != folder.parent else Path()
     free = shutil.disk_usage(folder).free / 2**30
-    yield Finding("results", f"{results} can be written, {free:.1f} GiB free", free < 1)
+    text = f"{results} can be written, {free:.1f} GiB free"
+    yield Finding(RESULTS, "folder", text, "PROBLEM" if free < 1 else "ok")
+    yield from _stored(results)
 
 
-def _data(data: Path | None) -> Iterator[Finding]:
-    from qbench.evaluation.corpora import CORPORA
-    from qbench.evaluation.definitions import pinned_tasks, read_definition
+def _stored(results: Path) -> Iterator[Finding]:
+    """How many runs are stored, which cannot be read, and which other versions measured."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        runs = list(Store(results).runs())
+    for warning in said:
+        found = f"{str(warning.message).removeprefix('left out: ')}; delete it to measure it again"
+        yield Finding(RESULTS, "unreadable", found, "PROBLEM")
+    failed = sum(run.quantization.status == "failed" for run in runs)
+    failed += sum(task.status == "failed" for run in runs for task in run.tasks)
+    text = f"{len(runs)}, {sum(len(run.tasks) for run in runs)} measurements"
+    text += f"; {failed} failures are stored, --retry-failed repeats them" if failed else ""
+    yield Finding(RESULTS, "stored runs", text, "note" if failed else "ok")
+    yield from _other_versions(runs)
 
-    offline = os.environ.get("HF_HUB_OFFLINE") == "1"
-    if data is None:
-        where = "offline, so they need --data" if offline else "they come from the Hub"
-        yield Finding("data", f"no --data folder given; {where}", offline)
+
+def _other_versions(runs: list[Run]) -> Iterator[Finding]:
+    """Numbers of other versions, to be compared with full-precision rows of their own alone."""
+    installed = {name: _version(name) for name in _DECIDING}
+    others: Counter[tuple[str, str]] = Counter()
+    for run in runs:
+        records = [run.quantization, *run.tasks]
+        others.update(
+            {
+                (name, record.environment[name])
+                for record in records
+                for name in _DECIDING
+                if record.environment.get(name, installed[name]) != installed[name]
+            }
+        )
+    for (name, old), count in sorted(others.items()):
+        found = (
+            f"{count} runs were measured with {name} {old}, {installed[name]} is installed; before "
+            "they are compared with new ones, measure their full-precision rows anew (into "
+            "another --results)"
+        )
+        yield Finding(RESULTS, "other versions", found, "note")
+
+
+def _hub(ask: bool) -> Iterator[Finding]:
+    if is_offline():
+        yield Finding(HUB, "hub", "HF_HUB_OFFLINE is set: only what was fetched before", "note")
         return
-    if not data.is_dir():
-        yield Finding("data", f"{data} is no folder", True)
+    if not ask:
+        yield Finding(HUB, "hub", "not asked; qbench doctor --hub does", "note")
         return
-    for kind in ("tasks", "corpora"):
-        if not (data / kind).is_dir():
-            yield Finding(kind, f"{data / kind} does not exist", is_absent=True)
-    places = {f"corpus {name}": kind.folder or name for name, kind in CORPORA.items()}
-    originals = {}
-    for task, path in pinned_tasks().items():
-        metadata = read_definition(path)["metadata"]
-        places[f"task {task}"] = metadata.get("data", task)
-        files = [v for k, v in metadata.get("original", {}).items() if k != "reader"]
-        originals[f"task {task}"] = " or ".join(files)
-    elsewhere = "and HF_HUB_OFFLINE is set" if offline else "so it has to come from the Hub"
-    for what, folder in places.items():
-        found = [path for kind in ("tasks", "corpora") for path in (data / kind / folder).glob("*")]
-        names = ", ".join(sorted(path.name for path in found))
-        absent = f"not in {data / 'tasks' / folder}, {elsewhere}"
-        if originals.get(what):
-            absent += f", or {originals[what]} be put there"
-        yield Finding(what, names or absent, is_absent=not names)
+    from qbench.evaluation.data import hub_answers
+
+    answers: list[bool] = []
+    asking = threading.Thread(target=lambda: answers.append(hub_answers()), daemon=True)
+    asking.start()
+    asking.join(_HUB_SECONDS)  # looking up its address has no time limit of its own
+    if answers and answers[0]:
+        yield Finding(HUB, "hub", "answers")
+    else:
+        found = "does not answer: checkpoints and data have to be local (--data DIR)"
+        yield Finding(HUB, "hub", found, "note")
