@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import errno
-import importlib.metadata
 import json
 import os
-import re
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pyarrow.parquet
@@ -20,7 +17,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from qbench.quantization.quantize import quantize_model
-from qbench.study import doctor, supply
+from qbench.study import supply
 from qbench.testing import tiny_model
 
 PLUGIN = '''
