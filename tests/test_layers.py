@@ -52,6 +52,7 @@ TORCH_FREE = """
     qbench.tables.layouts qbench.tables.columns qbench.tables.sheet qbench.tables.render
     qbench.tables.published
     qbench.comparison.statistics qbench.comparison.pairing qbench.comparison.significance
+    qbench.comparison.circumstances
     qbench.comparison.two_runs qbench.comparison.finding qbench.tables.two_runs qbench.tables.marks
     qbench.comparison.seeds qbench.tables.flips
     qbench.comparison.headings qbench.comparison.panels qbench.comparison.reference
@@ -60,6 +61,10 @@ TORCH_FREE = """
     qbench.plots.against_bits qbench.plots.against_size
     qbench.comparison.layer_errors qbench.plots.wanted qbench.plots.heatmap qbench.plots.profile
     qbench.study.listing qbench.study.environment qbench.study.doctor
+    qbench.comparison.energy qbench.comparison.footprint qbench.comparison.shapes
+    qbench.comparison.run_costs qbench.comparison.cost_points qbench.tables.costs
+    qbench.tables.costs_table qbench.tables.model_costs qbench.tables.published_costs
+    qbench.plots.against_cost
     qbench.study.findings qbench.study.data_findings
 """.split()
 
