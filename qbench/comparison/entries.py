@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from qbench.comparison.circumstances import COLUMNS, told
 from qbench.comparison.frame import RUN_COLUMNS, TASK_COLUMNS
 from qbench.comparison.headings import task_order
 from qbench.errors import QBenchError, unknown
@@ -154,7 +155,7 @@ def entries(table: DataFrame, metric: str = "acc") -> list[Entry]:
     for rows in runs.values():
         facts = {name: rows[0][name] for name in RUN_COLUMNS}
         found.append(Entry(facts, str(facts["baseline"]), _cells(rows, metric, kinds)))
-    return named(found)
+    return told(named(found))
 
 
 def accuracy_keys(entries: Sequence[Entry]) -> list[Key]:
@@ -304,7 +305,7 @@ def _measured(row: dict[str, Any], kind: str) -> Measured:
         stderr=row["stderr"],
         n_items=row["n_items"],
         chance=row["chance"],
-        conditions={} if failed else {name: row[name] for name in _CONDITIONS},
+        conditions={} if failed else {name: row[name] for name in (*_CONDITIONS, *COLUMNS)},
         notes=(f"{row['task']} failed: {error}",) if failed else (),
     )
 

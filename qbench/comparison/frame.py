@@ -12,6 +12,8 @@ import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from qbench.comparison.circumstances import COLUMNS as CIRCUMSTANCES
+from qbench.comparison.circumstances import environment_text
 from qbench.comparison.headings import chance_level
 from qbench.comparison.run_costs import COST_COLUMNS, cost_columns
 from qbench.errors import QBenchError
@@ -33,14 +35,17 @@ RUN_COLUMNS = (
 TASK_COLUMNS = (
     *("task", "protocol", "kind", "num_fewshot", "fewshot_seed", "limit", "encoding", "dtype"),
     *("max_length", "definition", "data", "task_version", "task_status", "task_error", "n_items"),
-    *("task_created", "chance", "metric", "value", "stderr"),
+    *("task_created", "chance", *CIRCUMSTANCES, "metric", "value", "stderr"),
 )
 _INTEGERS = (
     *("abits", "kvbits", "group_size", "baseline_version", "seed", "calibration_seqlen"),
     *("calibration_nsamples", "calibration_seed", "parameters", "n_layers", "fallbacks"),
     *("num_fewshot", "fewshot_seed", "limit", "max_length", "task_version", "n_items"),
 )
-_FLOATS = ("wbits", "effective_bits", "chance", "value", "stderr", *COST_COLUMNS)
+_FLOATS = (
+    *("wbits", "effective_bits", "chance", "value", "stderr", "calibration_overlap"),
+    *COST_COLUMNS,
+)
 
 
 def frame(store: Store) -> DataFrame:
@@ -127,5 +132,7 @@ def _task_columns(record: TaskRecord) -> dict[str, Any]:
         "task_error": record.error,
         "n_items": record.n_items,
         "task_created": record.created,
+        "environment": environment_text(record.environment),
+        "calibration_overlap": record.details.get("calibration_overlap"),
         "chance": chance if isinstance(chance, int | float) else chance_level(key.task),
     }

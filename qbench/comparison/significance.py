@@ -77,7 +77,7 @@ class Verdict:
 
 
 @dataclass
-class PairedTests:
+class Tester:
     """Tests numbers of one store against each other; items are read once."""
 
     store: Store

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -138,6 +138,10 @@ class PerplexityTask(PreparedTask):
             },
             items=items,
         )
+
+    def token_rows(self) -> Iterable[Sequence[int]]:
+        """The token ids of the windows."""
+        return (row.tokens for row in self.rows.rows)
 
     def _combined(self, results: list[dict[str, Metric]]) -> dict[str, Metric]:
         if len(results) == 1:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -205,6 +205,10 @@ class PreparedTask(ABC):
     def against(self, reference: Any) -> PreparedTask:
         """This task, comparing with what :meth:`refer` gave."""
         return self
+
+    def token_rows(self) -> Iterable[Sequence[int]]:
+        """The token ids of everything that is scored; empty where nobody looks at them."""
+        return ()
 
     def test_sharing(self, model: PreTrainedModel) -> Sharing | None:
         """Whether rows of this task may share their beginning on a model.

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import json
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,6 +119,10 @@ class ZeroShotTask(PreparedTask):
         with compiled_once(env):
             metrics = self._metrics(items)
         return TaskResult(metrics, len(self.questions), details, items)
+
+    def token_rows(self) -> Iterable[Sequence[int]]:
+        """The token ids of every question with each of its options."""
+        return (row.tokens for row in self.packed.rows)
 
     def test_sharing(self, model: PreTrainedModel) -> Sharing | None:
         """Whether rows of this task may share their beginning on a model; kept with the model."""

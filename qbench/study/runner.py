@@ -59,6 +59,7 @@ class Workbench:
     ) -> None:
         self.checkpoint, self.settings, self.store = checkpoint, settings, store
         self._prepared = {} if prepared is None else prepared
+        self._overlaps: dict[tuple[str | None, TaskSpec], float] = {}
         self.texts = CalibrationTexts(
             lambda: self.tokenizer, lambda: self.context, settings.options.data_dir
         )
@@ -322,12 +323,25 @@ class Workbench:
                 record.status, record.error = "failed", _describe(error)
             else:
                 record.metrics, record.n_items = result.metrics, result.n_items
-                record.details, items = result.details, result.items
+                record.details, items = result.details | self._overlap(plan, spec), result.items
         record.wall_seconds = time.perf_counter() - started
         record.peak_memory_bytes = peak["bytes"]
         record.environment, record.created = environment(self.settings.device), _now()
         self.store.save_task(self.checkpoint.name, plan.key, record, items)
         return record
+
+    def _overlap(self, plan: CellPlan, spec: TaskSpec) -> dict[str, float]:
+        """The share of a task's tokens that stand in the text its method was calibrated on."""
+        if plan.key.calibration is None:
+            return {}
+        from qbench.evaluation.overlap import shared_tokens
+
+        key = (plan.key.calibration.tokens, spec)
+        if key not in self._overlaps:
+            windows = self.texts.windows(self.settings.calibration_of(plan.cell))
+            shared, total = shared_tokens(windows, self.prepared(spec).token_rows())
+            self._overlaps[key] = round(shared / max(total, 1), 4)
+        return {"calibration_overlap": self._overlaps[key]}
 
     def _save(self, model: PreTrainedModel, record: QuantizationRecord, folder: Path) -> None:
         from qbench.models.bitnet.saving import save_trained
