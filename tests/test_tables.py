@@ -269,7 +269,7 @@ def test_runs_that_differ_in_a_setting_are_told_apart(store: Store) -> None:
         add(store, quantization(baseline="rtn", scheme=scheme))
     for dtype in ("bfloat16", "float32"):
         add(store, quantization(baseline="rtn", scheme="W3A16", dtype=dtype))
-    rows = [(row["Method"], row["Scheme"]) for row in cells(table(store))]
+    rows = [(row["Method"], row["Scheme"]) for row in cells(table(store, each_seed=True))]
     assert rows == [
         *(("sq alpha=0.5", "–"), ("sq alpha=0.8", "–")),
         *(("gptq calibration.seed=0", "–"), ("gptq calibration.seed=1", "–")),
