@@ -67,13 +67,11 @@ def plot(
         store: where the results are.
         kind: one of ``KINDS``; None takes the first one that shows the metric.
         output: a .png, .svg or .pdf file; its folder is made if need be.
-        x: ``wbits`` or ``effective_bits``; not for the kinds against size. Against cost: ``size``
-            (also what ``wbits`` gives there), ``energy``, ``energy_int32`` or ``effective_bits``,
-            all of the whole model.
+        x: ``wbits`` or ``effective_bits``; against cost ``size`` (for which ``wbits`` stands as
+            well), ``energy``, ``energy_int32`` or ``effective_bits`` of the whole model.
         metric: ``acc``, ``acc_norm`` or ``acc_token``; ``perplexity`` takes the kind against bits
             or size that shows it; ``bits_per_byte`` is a loss.
-        against: name of a published table whose full-precision and trained rows are added, hollow;
-            only for the kinds against size.
+        against: name of a published table whose points are added, hollow; by size only.
         width_in: width of the figure in inches; None fits the number of panels.
         checkpoints: filters, this and the next four, as in :func:`qbench.tables.table.table`.
         baselines: methods. Against size, these two choose the quantized rows that join the
@@ -89,10 +87,8 @@ def plot(
     output = Path(output)
     check_suffix(output)
     if kind in _OF_THEIR_OWN:
-        wanted = Wanted(
-            store, kind, metric, against, width_in, checkpoints, baselines, schemes, tasks,
-            num_fewshot,
-        )  # fmt: skip
+        wanted = Wanted(store, kind, metric, against, width_in, checkpoints, baselines, schemes,
+                        tasks, num_fewshot)  # fmt: skip
         save(_draw_its_own(wanted, x), output)
         return output
     kind, metric = _kind_and_metric(kind, metric)
