@@ -11,13 +11,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 from bitnet_fixtures import microsoft, one_bit_llm
 from cli_fixtures import DATA, LINES, edit_config
 
-from qbench.reproduction.presets import Preset
+from qbench.models.checkpoints import Checkpoint
+from qbench.reproduction.presets import Preset, checkpoints
 from qbench.testing import tiny_checkpoint, tiny_tokenizer
 
 CONTEXT = 64
+_WIDE = {"llama": {"hidden_size": 128, "intermediate_size": 256}, "bloom": {"hidden_size": 128}}
+"""Kinds that are rounded in groups of 128."""
 _XGLM = {
     "d_model": 64,
     "ffn_dim": 96,
@@ -43,7 +47,7 @@ def stand_in(folder: Path, kind: str) -> Path:
     if kind == "xglm":
         return _xglm(folder)
     changes: dict[str, Any] = {} if kind == "bloom" else {"max_position_embeddings": CONTEXT}
-    return tiny_checkpoint(folder, kind, **changes)
+    return tiny_checkpoint(folder, kind, **changes, **_WIDE.get(kind, {}))
 
 
 def kind_of(preset: Preset) -> str:
@@ -60,6 +64,14 @@ def small(preset: Preset, **changes: Any) -> Preset:
     return Preset(family=preset.family.model_copy(update=update), target=preset.target)
 
 
+def same_size(monkeypatch: pytest.MonkeyPatch, preset: Preset, folder: Path) -> None:
+    """Let the paper's checkpoint have as many weights as the stand-in."""
+    assert preset.facts is not None and preset.target.hub is not None
+    size = Checkpoint("stand-in", folder).parameters / 1e6
+    facts = preset.facts.model_copy(update={"parameters": size})
+    monkeypatch.setitem(checkpoints(), preset.target.hub, facts)
+
+
 def texts(folder: Path) -> Path:
     """A data folder with every task and corpus that presets name."""
     shutil.copytree(DATA / "tasks", folder / "tasks")
@@ -74,7 +86,7 @@ def texts(folder: Path) -> Path:
         for number, split in enumerate(splits):
             path = folder / "tasks" / name / f"{split}.jsonl"
             path.parent.mkdir(exist_ok=True)
-            rows = [{"text": text} for text in documents[number::2]]
+            rows = [{"text": text} for text in documents[number::2] + LINES]
             path.write_text("\n".join(map(json.dumps, rows)) + "\n")
     return folder
 

@@ -15,7 +15,7 @@ from qbench.errors import QBenchError
 from qbench.record import Metric, QuantizationRecord, TaskRecord
 from qbench.reproduction import published as published_numbers
 from qbench.reproduction.outcome import Gate, Number, OutcomeRow
-from qbench.reproduction.presets import Measure, Preset, Row
+from qbench.reproduction.presets import ITEMS, Measure, Preset, Row
 from qbench.reproduction.published import Published
 from qbench.reproduction.verdicts import (
     DIFFERS,
@@ -159,8 +159,13 @@ class Collector:
     ) -> str:
         if self.preset.family.weights != "released":
             return "published on other weights"
+        if not self.preset.has_size(self.bench.checkpoint.parameters):
+            return f"other weights than {self.preset.target.hub}, which has another size"
         for one in stored:
             for task in tasks_of(measure):
+                items = one.tasks[task].n_items
+                if self.limit is None and items != ITEMS.get(task, items):
+                    return f"{task} over {items} questions, published over {ITEMS[task]}"
                 protocol = one.tasks[task].key.protocol
                 if measure.protocol not in (None, protocol):
                     return f"measured as {protocol}, published as {measure.protocol}"

@@ -30,6 +30,18 @@ FULL_PRECISION = "none"
 """The baseline of the full-precision row, and of a checkpoint as it was trained."""
 MEAN = "average"
 """The name of a column that is the plain mean of others."""
+ITEMS = {
+    "arc_challenge": 1172,
+    "arc_easy": 2376,
+    "boolq": 3270,
+    "hellaswag": 10042,
+    "lambada_openai": 5153,
+    "openbookqa": 500,
+    "piqa": 1838,
+    "storycloze_2018": 1571,
+    "winogrande": 1267,
+}
+"""Questions of the splits that papers report on; a number over fewer is another number."""
 _CHECKPOINTS = "checkpoints"
 
 
@@ -223,7 +235,7 @@ class Preset(_Strict):
         assert name is not None  # checked when it was read
         return name
 
-    @cached_property
+    @property
     def facts(self) -> CheckpointFacts | None:
         """What is known of its checkpoint."""
         return None if self.target.hub is None else checkpoints()[self.target.hub]
@@ -238,6 +250,11 @@ class Preset(_Strict):
     def measures(self) -> tuple[Measure, ...]:
         """Its columns."""
         return tuple(m for m in self.family.measures if not self._is_without(m.task))
+
+    def has_size(self, parameters: float) -> bool:
+        """Whether a checkpoint of so many weights can be the paper's; unknown sizes can."""
+        facts = self.facts
+        return facts is None or not parameters or abs(parameters / facts.parameters - 1e6) < 1e4
 
     @property
     def is_trained(self) -> bool:

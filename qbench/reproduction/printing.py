@@ -31,15 +31,13 @@ def render(outcome: Outcome, form: str, width: int = 100) -> str:
     Raises:
         QBenchError: for an unknown format.
     """
-    from qbench.tables import render as formats
+    from qbench.tables.render import terminal
+    from qbench.tables.table import FORMATS as writers
 
     check_format(form)
-    if form == "terminal":
-        return formats.terminal(sheet(outcome), width)
     if form == "csv":
         return tidy_csv(outcome)
-    writers = {"md": formats.markdown, "latex": formats.latex, "html": formats.html_page}
-    return writers[form](sheet(outcome))
+    return terminal(sheet(outcome), width) if form == "terminal" else writers[form](sheet(outcome))
 
 
 def check_format(form: str) -> None:

@@ -33,9 +33,6 @@ from qbench.study.environment import environment
 from qbench.study.runner import PreparedKey, Workbench
 from qbench.study.store import Store
 
-_FAR = 0.01
-"""Share by which a checkpoint's size may differ before it is named as another one."""
-
 
 @dataclass(frozen=True)
 class Request:
@@ -175,7 +172,7 @@ class Reproduction:
         if self.checkpoint.name != hub:
             found.append(f"weights of {self.checkpoint.name} in place of {hub}")
         size = self.checkpoint.parameters / 1e6
-        if facts is not None and size and abs(size / facts.parameters - 1) > _FAR:
+        if facts is not None and not self.preset.has_size(self.checkpoint.parameters):
             found.append(f"{size:.4g} M parameters where {hub} has {facts.parameters:.4g} M")
         if self.dtype != family.dtype:
             found.append(f"computed in {self.dtype}, the paper in {family.dtype}")
