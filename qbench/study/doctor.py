@@ -12,10 +12,11 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
 
 from qbench.errors import QBenchError
+from qbench.study.data_findings import GROUP as DATA
 from qbench.study.data_findings import data_findings, is_offline
 from qbench.study.environment import environment
 from qbench.study.findings import Finding
@@ -23,7 +24,7 @@ from qbench.study.speed import free_memory
 from qbench.study.store import Run, Store
 
 PACKAGES, EXTRAS, MACHINE = "Packages", "Optional", "Machine"
-RESULTS, HUB = "Results", "Hub"
+RESULTS = "Results"
 _DECIDING = ("torch", "transformers", "lm_eval", "tokenizers")
 """Packages whose version can move a number."""
 _LATEX = ("latexmk", "pdflatex", "xelatex", "lualatex", "tectonic")
@@ -40,9 +41,8 @@ def examine(data: Path | None, results: Path, ask_hub: bool = False) -> list[Fin
         ask_hub: whether to see if the Hub answers, which takes up to some seconds.
     """
     found = [*_packages(), *_optional(), *_machine(), *_results(results)]
-    found += _hub(ask_hub)
-    found += data_findings(data)
-    return found
+    answers = _hub_answers() if ask_hub and not is_offline() else None
+    return [*found, _hub(answers), *data_findings(data, answers)]
 
 
 def _requirements(extra: str) -> Iterator[tuple[str, str]]:
@@ -88,8 +88,6 @@ def _version(name: str) -> str | None:
 
 def _optional() -> Iterator[Finding]:
     """Extras of qbench, and programs that some results are made for."""
-    from importlib.metadata import metadata
-
     for extra in metadata("qbench").get_all("Provides-Extra") or []:
         if extra == "dev":
             continue
@@ -208,21 +206,23 @@ def _other_versions(runs: list[Run]) -> Iterator[Finding]:
         yield Finding(RESULTS, "other versions", found, "note")
 
 
-def _hub(ask: bool) -> Iterator[Finding]:
+def _hub(answers: bool | None) -> Finding:
     if is_offline():
-        yield Finding(HUB, "hub", "HF_HUB_OFFLINE is set: only what was fetched before", "note")
-        return
-    if not ask:
-        yield Finding(HUB, "hub", "not asked; qbench doctor --hub does", "note")
-        return
+        found = "HF_HUB_OFFLINE is set: only what was fetched before"
+    elif answers is None:
+        found = "not asked; qbench doctor --hub does"
+    elif answers:
+        return Finding(DATA, "hub", "answers")
+    else:
+        found = "does not answer: checkpoints and data have to be local (--data DIR)"
+    return Finding(DATA, "hub", found, "note")
+
+
+def _hub_answers() -> bool:
     from qbench.evaluation.data import hub_answers
 
     answers: list[bool] = []
     asking = threading.Thread(target=lambda: answers.append(hub_answers()), daemon=True)
     asking.start()
     asking.join(_HUB_SECONDS)  # looking up its address has no time limit of its own
-    if answers and answers[0]:
-        yield Finding(HUB, "hub", "answers")
-    else:
-        found = "does not answer: checkpoints and data have to be local (--data DIR)"
-        yield Finding(HUB, "hub", found, "note")
+    return bool(answers and answers[0])
