@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,12 @@ def questions(answers: Sequence[int], n_options: int = 4, gold: int = 0, first: 
             for name, value in zip(columns, (*row, 1, 4, False, option == gold), strict=True):
                 columns[name].append(value)
     return {name: np.array(values) for name, values in columns.items()}
+
+
+def answers_of(n: int, wrong: Iterable[int], n_options: int = 4) -> Items:
+    """``n`` questions answered right but for those numbered in ``wrong``."""
+    lost = set(wrong)
+    return questions([int(number in lost) for number in range(n)], n_options)
 
 
 def windows(nll: Sequence[float], n_tokens: int = 31, n_bytes: int = 100) -> Items:
