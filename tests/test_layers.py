@@ -50,7 +50,8 @@ TORCH_FREE = """
     qbench.models.checkpoints
     qbench.study.store qbench.comparison.frame qbench.comparison.entries qbench.tables.table
     qbench.tables.layouts qbench.tables.columns qbench.tables.sheet qbench.tables.render
-    qbench.tables.published
+    qbench.tables.published qbench.tables.latex qbench.tables.arrangement
+    qbench.tables.paper_layouts
     qbench.comparison.statistics qbench.comparison.pairing qbench.comparison.significance
     qbench.comparison.circumstances
     qbench.comparison.two_runs qbench.comparison.finding qbench.tables.two_runs qbench.tables.marks

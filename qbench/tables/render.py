@@ -1,4 +1,4 @@
-"""A finished table as Markdown, LaTeX, HTML, CSV or terminal text.
+"""A finished table as Markdown, LaTeX (:mod:`qbench.tables.latex`), HTML, CSV or terminal text.
 
 Four of them show the same cells; the CSV is for machines: one line per number with the full value,
 the facts of its row and how it was measured, and no marks inside the numbers.
@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from qbench.comparison.seeds import spread
+from qbench.tables.latex import latex as latex
 from qbench.tables.sheet import Cell, Column, Sheet
 
 if TYPE_CHECKING:
@@ -41,15 +42,6 @@ _HEADER = (*_FACTS, "task", "metric", *_CONDITIONS)
 _TESTED = ("low", "high", "test", "p", "p_holm", "verdict")
 _NUMBERS = ("n_items", "value", "stderr", "sd", "n_seeds", "best", *_TESTED, "notes")
 
-_LATEX = {
-    **{char: "\\" + char for char in "&%$#_{}"},
-    **{char: f"{{{char}}}" for char in "[]*"},  # after \\ these would be its arguments
-    **{char: f"${char}$" for char in "<>|"},
-    **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
-    **{"±": r"$\pm$", "−": "$-$", "Δ": r"$\Delta$", "∞": r"$\infty$", "†": r"\dag{}"},
-    **{"▼": r"$\blacktriangledown$", "▲": r"$\blacktriangle$"},
-    **{"–": "--", "✓": r"\checkmark{}", "✗": r"$\times$"},
-}
 _CSS = """
 .qbench-table table { border-collapse: collapse; font: 14px/1.4 system-ui, sans-serif }
 .qbench-table caption { text-align: left; font-weight: 600; padding: 4px 8px }
@@ -78,43 +70,6 @@ def markdown(sheet: Sheet) -> str:
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     below = [_markdown(line) for line in _below(sheet, "in bold")]
     return "\n\n".join([f"**{_markdown(sheet.title)}**", table, *below]) + "\n"
-
-
-def latex(sheet: Sheet) -> str:
-    """A booktabs table that compiles as printed."""
-    footnotes = sheet.footnotes()
-
-    def cell(text: str, notes: tuple[str, ...], best: bool = False) -> str:
-        text = rf"\textbf{{{_latex(text)}}}" if best else _latex(text)
-        return text + _superscript(_marks(notes, footnotes), r"\textsuperscript{%s}", _latex)
-
-    def heading(column: Column) -> str:
-        *first, last = [_latex(line) for line in column.heading]
-        last += _superscript(_marks(column.notes, footnotes), r"\textsuperscript{%s}", _latex)
-        text = r" \\ ".join([*first, last])
-        return rf"\shortstack{{{text}}}" if first else text
-
-    body = [" & ".join(map(heading, sheet.columns)) + r" \\", r"\midrule"]
-    for index, row in enumerate(sheet.rows()):
-        body += [r"\midrule"] if index in sheet.rules else []
-        body.append(" & ".join(cell(c.text, c.notes, c.best) for c in row) + r" \\")
-    below = [rf"{_latex(line)}\par" for line in _remarks(sheet, "in bold")]
-    for note, mark in footnotes.items():
-        below.append(rf"\textsuperscript{{{_latex(mark)}}} {_latex(_body(note))}\par")
-    lines = [
-        r"% Needs \usepackage{booktabs} and \usepackage{amssymb} (for \checkmark); UTF-8 input.",
-        r"\begin{table}",
-        r"\centering",
-        rf"\caption{{{_latex(sheet.title)}}}",
-        rf"\begin{{tabular}}{{{''.join('r' if c.numeric else 'l' for c in sheet.columns)}}}",
-        r"\toprule",
-        *body,
-        r"\bottomrule",
-        r"\end{tabular}",
-        *([r"\par\smallskip", r"{\footnotesize\raggedright", *below, "}"] if below else []),
-        r"\end{table}",
-    ]
-    return "\n".join(lines) + "\n"
 
 
 def html_page(sheet: Sheet) -> str:
@@ -325,7 +280,3 @@ def _superscript(found: list[str], form: str, escape: Callable[[str], str]) -> s
 
 def _markdown(text: str) -> str:
     return re.sub(r"([\\`*_|<>\[\]~])", r"\\\1", " ".join(text.split()))
-
-
-def _latex(text: str) -> str:
-    return "".join(_LATEX.get(char, char) for char in " ".join(text.split()))
