@@ -128,7 +128,7 @@ def test_energies_read_like_energies(joules, text):
 
 
 def lines(text: str) -> dict[str, list[str]]:
-    """A Markdown table of costs by its first column; of lines called "both", the first."""
+    """A Markdown table of costs by its first column."""
     found: dict[str, list[str]] = {}
     for line in text.splitlines():
         if line.startswith("| "):
@@ -139,14 +139,17 @@ def lines(text: str) -> dict[str, list[str]]:
 
 def test_the_shape_of_bitnet_6_7b_saves_what_the_paper_prints():
     found = lines(costs("bitnet-6.7B", ["W1A8"], format="md"))
-    assert found["both"] == ["1.68 J", "57.8 mJ (29.1x less)"]  # Fig. 1
-    assert found["additions (integers in INT32)"][1] == "110 mJ"
+    assert found["Energy (arithmetic only), 7 nm: both, INT8"] == [
+        "1.68 J",
+        "57.8 mJ (29.1x less)",
+    ]  # Fig. 1
+    assert found["Energy (arithmetic only), 7 nm: additions, integers in INT32"][1] == "110 mJ"
     assert found["Bits per weight, matrices of the blocks"] == ["16.000", "1.000"]
 
 
 def test_a_weight_only_scheme_takes_as_much_energy_as_full_precision():
     found = lines(costs("b158-3B", ["W4A16g128"], format="md"))
-    whole, low = found["both"]
+    whole, low = found["Energy (arithmetic only), 7 nm: both, INT8"]
     assert low == f"{whole} (as much)"
     assert found["Memory"][1].endswith("x less)")
 

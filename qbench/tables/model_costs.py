@@ -139,7 +139,8 @@ def model_sheet(model: Model, schemes: Sequence[str], use: Use) -> Sheet:
     columns = [Column(("",), [Cell(name) for name, _ in lines], numeric=False)]
     for index, variant in enumerate(variants):
         columns.append(Column((variant.heading,), [Cell(texts[index]) for _, texts in lines]))
-    rules = {i for i, (name, _) in enumerate(lines) if name.startswith(("KV cache", "Energy"))}
+    first = ("KV cache", "multiplications")
+    rules = {i for i, (name, _) in enumerate(lines) if name.endswith(first)}
     sequences = "one sequence" if use.batch == 1 else f"{use.batch} sequences"
     title = f"Costs of {model.name} for {sequences} of {use.seqlen} tokens"
     facts = [{"checkpoint": model.name, "method": name} for name, _ in lines]
@@ -214,17 +215,17 @@ def _energy(model: Model, variants: list[_Variant], use: Use, node: str) -> list
         return model_energy(model.dimensions, products, use.seqlen, batch=use.batch, node=node)
 
     as_printed = [of(variant, ACCUMULATORS[0]) for variant in variants]
-    name = f"Energy at {node.removesuffix('nm')} nm, arithmetic only"
+    name = f"Energy (arithmetic only), {node.removesuffix('nm')} nm"
     found = [
         (f"{name}: multiplications", [joules_text(e.multiplications) for e in as_printed]),
-        ("    additions (integers in INT8)", [joules_text(e.additions) for e in as_printed]),
-        ("    both", _with_ratios([e.total for e in as_printed], joules_text)),
+        (f"{name}: additions, integers in INT8", [joules_text(e.additions) for e in as_printed]),
+        (f"{name}: both, INT8", _with_ratios([e.total for e in as_printed], joules_text)),
     ]
     wide = [of(variant, ACCUMULATORS[1]) for variant in variants]
     if any(a != b for a, b in zip(wide, as_printed, strict=True)):
         found += [
-            ("    additions (integers in INT32)", [joules_text(e.additions) for e in wide]),
-            ("    both", _with_ratios([e.total for e in wide], joules_text)),
+            (f"{name}: additions, integers in INT32", [joules_text(e.additions) for e in wide]),
+            (f"{name}: both, INT32", _with_ratios([e.total for e in wide], joules_text)),
         ]
     return found
 
