@@ -180,7 +180,7 @@ class AutoGPTQ(Baseline):
         """Its widths and grids, a scale for every row or group."""
         if scheme.wbits not in (*BITS, 16):
             return f"auto-gptq has {', '.join(map(str, BITS))} bits"
-        if scheme.wbits < 16 and scheme.grid not in GRIDS:
+        if scheme.wbits < 16 and scheme.grid not in (*GRIDS, "auto"):
             return f"auto-gptq has the grids {' and '.join(GRIDS)}"
         if scheme.wbits < 16 and scheme.w_granularity == "tensor":
             return "auto-gptq has a scale for every row or group; drop w=tensor"

@@ -6,20 +6,24 @@ tested either way.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import sys
+from types import SimpleNamespace
 
 import golden_vectors as golden
 import pytest
 import torch
-from cli_fixtures import qbench, refused
+from cli_fixtures import qbench, records, refused
 
 import qbench_baselines.auto_gptq as module
 from qbench import CannotQuantize, QBenchError, Scheme, Statistics, quantize_model
 from qbench.baseline import resolve_scheme, why_not
+from qbench.models.gptq_loading import damaged_words, dequantize, unpack, zero_points
 from qbench.registry import load_baseline
 from qbench.scheme import WEIGHT_BITS
+from qbench.study.sweep import Sweep
 from qbench.testing import check_baseline, tiny_model, tiny_windows
 from qbench.testing.conformance import claimed
 from qbench_baselines.auto_gptq import AddBatch, AutoGPTQ
@@ -139,6 +143,41 @@ def test_qbenchs_gptq_gives_the_librarys_codes_and_groups(case):
 
 
 @installed
+@pytest.mark.parametrize("case", [c for c in CASES if c["matrix"] == "a"], ids=lambda c: c["id"])
+def test_what_the_library_packs_is_read_as_what_it_quantized(case):
+    """By its own QuantLinear; where a zero point is 0 it damages the file, which is noticed."""
+    theirs = both(case)[0]
+    zeros = theirs.zero_point + (2 ** (case["bits"] - 1) if case["sym"] else 0)
+    out_features, in_features = theirs.weight.shape
+    size = case["group"] if case["group"] > 0 else in_features
+    groups = theirs.g_idx
+    groups = torch.arange(in_features) // size if groups is None else groups.long()
+    layer = packing_layer()(case["bits"], case["group"], in_features, out_features, bias=False)
+    linear = torch.nn.Linear(in_features, out_features, bias=False)
+    linear.weight.data = theirs.weight.clone()
+    layer.pack(linear, theirs.scale.clone(), zeros.clone(), groups.to(torch.int32))
+    form = SimpleNamespace(bits=case["bits"], version="gptq", carries=False, sym=case["sym"])
+    damaged = damaged_words(layer.qzeros, form)
+    assert (damaged > 0) == bool((zeros == 0).any())
+    if damaged:
+        return
+    codes, found = unpack(layer.qweight, case["bits"]), zero_points(layer.qzeros, form)
+    assert torch.equal(found.T.float(), zeros)
+    offset = zeros[:, :1] if case["sym"] else 0
+    assert torch.equal(codes.T.float(), theirs.codes + offset)
+    read = dequantize(codes, found, layer.scales, layer.g_idx.long())
+    assert torch.allclose(read, theirs.weight, rtol=1e-3, atol=1e-6)
+
+
+def packing_layer():
+    """The library's layer that runs act-order too; its import needs the package around it alone."""
+    folders = importlib.util.find_spec("auto_gptq").submodule_search_locations
+    with module._package_alone(list(folders)):
+        found = importlib.import_module("auto_gptq.nn_modules.qlinear.qlinear_cuda")
+    return found.QuantLinear
+
+
+@installed
 def test_its_hessian_is_that_of_the_harness_however_the_sequences_arrive():
     """Parts of lower precision come with no sequence of their own, routed tokens unevenly."""
     generator = torch.Generator().manual_seed(0)
@@ -197,9 +236,16 @@ def test_a_hessian_it_cannot_factorize_is_declined_and_everything_restored():
 
 
 @installed
-def test_it_runs_from_the_command_line_and_its_layers_name_the_engine(tiny, text, tmp_path):
-    from cli_fixtures import records
+def test_a_sweep_runs_it_at_the_schemes_it_is_given(tmp_path):
+    file = tmp_path / "sweep.yaml"
+    file.write_text("checkpoints: [x]\nbaselines: [auto-gptq]\nschemes: [W4A16]\ntasks: [piqa]\n")
+    assert [str(cell) for cell in Sweep.read(file).cells()] == [
+        "auto-gptq W4A16:w=channel,grid=gptq_sym"
+    ]
 
+
+@installed
+def test_it_runs_from_the_command_line_and_its_layers_name_the_engine(tiny, text, tmp_path):
     where = ("--tasks", f"{text}@gptq-16", "--limit", 4, "--results", tmp_path / "runs")
     read = ("--calibration", text, "--nsamples", 4, "--seqlen", 16)
     asked = ("--baseline", "auto-gptq", "--scheme", "W4A16", "--set", "percdamp=0.1")

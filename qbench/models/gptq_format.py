@@ -13,7 +13,8 @@ inputs and N outputs at b bits, in G groups:
 "gptq_v2" stores it as it is: read the wrong way, every weight is off by a step. GPTQModel subtracts
 the ones from whole words, so that at 2, 4 and 8 bits a zero point of 0 borrows from its neighbour;
 others let each wrap for itself. The two differ only where a zero point is 0, and the entry
-``meta.quantizer`` says which it is.
+``meta.quantizer`` says which it is. AutoGPTQ itself loses the rest of the word there, which nothing
+can mend: such words are counted and told.
 
 Known by the configuration (``quantization_config``, or quantize_config.json), never by a name.
 Torch-free. Left out: unpacking (:mod:`~.gptq_loading`); other packings (Marlin, AWQ, planar 5 to 7
@@ -23,7 +24,7 @@ bits, words that are no int32) and widths that differ between layers, which are 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from qbench.errors import QBenchError
 from qbench.models import files
 from qbench.models.bitnet.formats import Stored, check_entry, once
 from qbench.models.own_scheme import OwnScheme
-from qbench.record import BaselineSpec
+from qbench.record import BaselineSpec, LayerReport
 from qbench.scheme import Scheme
 
 CONFIG = "quantize_config.json"
@@ -41,6 +42,8 @@ BITS = (2, 3, 4, 8)
 FORMATS = ("gptq", "gptq_v2")
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 WORD = 32
+DAMAGED = "damaged_zero_points"
+"""Entry of a layer's report: words of zero points that its packer may have damaged."""
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I32": 4}
 _AGREE = ("bits", "group_size", "sym", "desc_act", "checkpoint_format")
 """Entries that must not contradict each other where both files have them."""
@@ -112,6 +115,18 @@ class GPTQFormat:
         wanted = PARTS if indexed else PARTS[:3]
         found = (tensors[f"{linear}.{part}"] for part in wanted)
         return float(sum(8 * _BYTES[s.dtype] * math.prod(s.shape) for s in found))
+
+
+def damage(layers: Iterable[LayerReport]) -> list[str]:
+    """A sentence about zero points that were lost when a checkpoint was packed, if any were."""
+    counts = [count for layer in layers if (count := layer.extra.get(DAMAGED))]
+    if not counts:
+        return []
+    return [
+        f"{sum(counts)} words of zero points in {len(counts)} matrices end in ones, as AutoGPTQ "
+        "leaves them where a zero point is 0: it loses those after it, and these weights are then "
+        "wrong in the file"
+    ]
 
 
 def quantize_config(folder: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from qbench.errors import QBenchError
 from qbench.models.blocks import find_blocks
 from qbench.models.checks import check_finite
 from qbench.models.files import first_line
-from qbench.models.gptq_format import PARTS, WORD, GPTQFormat
+from qbench.models.gptq_format import DAMAGED, PARTS, WORD, GPTQFormat
 from qbench.record import LayerReport
 from qbench.scheme import Scheme
 
@@ -62,6 +62,18 @@ def zero_points(qzeros: Tensor, fmt: GPTQFormat) -> Tensor:
     if fmt.version == "gptq" and not fmt.carries:
         zeros = (zeros + 1) & (2**fmt.bits - 1)
     return zeros
+
+
+def damaged_words(qzeros: Tensor, fmt: GPTQFormat) -> int:
+    """Words of zero points that look as AutoGPTQ leaves them where one is 0.
+
+    Its packer stores -1 there, which sets all higher bits of the word: the zero points that follow
+    in it read as 0 too, whatever they were. Two zero points of 0 look the same.
+    """
+    if fmt.version != "gptq" or fmt.carries or fmt.sym:
+        return 0
+    two = 2 * fmt.bits
+    return int(((qzeros >> (WORD - two)) & (2**two - 1) == 2**two - 1).sum())
 
 
 def dequantize(codes: Tensor, zeros: Tensor, scales: Tensor, groups: Tensor) -> Tensor:
@@ -181,6 +193,7 @@ def layer_reports(checkpoint: Checkpoint, model: nn.Module) -> list[LayerReport]
             inputs = words * WORD // fmt.bits
             groups = files.groups(linear, inputs, fmt)
             indexed = not torch.equal(groups, groups.sort().values)
+            damaged = damaged_words(files.read(f"{linear}.qzeros"), fmt)
             found.append(
                 LayerReport(
                     name=linear,
@@ -188,6 +201,7 @@ def layer_reports(checkpoint: Checkpoint, model: nn.Module) -> list[LayerReport]
                     scheme=scheme,
                     relative_error=None,
                     stored_bits=fmt.stored_bits(checkpoint.tensors, linear, indexed),
+                    extra={DAMAGED: damaged} if damaged else {},
                 )
             )
     for prefix, block in find_blocks(model):
