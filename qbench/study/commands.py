@@ -233,7 +233,8 @@ def describe(record: QuantizationRecord | TaskRecord) -> str:
             how = "as trained" if record.trained else "as stored"
             kept = sum(Scheme.parse(layer.scheme).is_identity for layer in record.layers)
             left = f", {kept} kept at 16 bits" if kept else ""
-            return f"{len(record.layers) - kept} matrices {how}{left}, {bits}{seconds}"
+            line = f"{len(record.layers) - kept} matrices {how}{left}, {bits}{seconds}"
+            return "\n    ".join([line, *damage(record.layers)])
         return f"quantized {len(record.layers)} matrices, {bits}{fallback}{seconds}"
     key = record.key
     shots = f", {key.num_fewshot}-shot" if key.num_fewshot else ""

@@ -20,6 +20,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from qbench.errors import QBenchError
 from qbench.models.checkpoints import Checkpoint
+from qbench.models.gptq_format import damage
 from qbench.process import give_memory_back
 from qbench.quantization.outcome import Quantization
 from qbench.quantization.quantize import Progress, quantize_model, requantize_activations
@@ -174,7 +175,7 @@ class InMemory(Supply):
         """The pristine model, the last cell's with other activations, or a fresh copy."""
         if cell.changes_nothing:
             layers = self.checkpoint.layer_reports(self.model) if cell.own else []
-            return self.model, Quantization(cell.scheme, layers)
+            return self.model, Quantization(cell.scheme, layers, notes=damage(layers))
         known = shared_with(self._last, cell, windows is not None)
         if known is not None:
             known.result = requantize_activations(known.model, cell.scheme, known.result)
