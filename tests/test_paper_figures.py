@@ -320,8 +320,8 @@ def test_every_cell_has_its_number_and_cells_without_one_say_why(twins, monkeypa
     drawn = figure(twins, "heatmap", monkeypatch, num_fewshot=0)
     small, large = drawn.axes[:2]
     assert [axes.get_title() for axes in (small, large)] == [
-        "fp-125M (full precision 60.0)",
-        "fp-350M (full precision 63.0)",
+        "fp-125M\nfull precision 60.0",
+        "fp-350M\nfull precision 63.0",
     ]
     rows = [label.get_text() for label in large.get_yticklabels()]
     columns = [label.get_text().replace("\n", "") for label in large.get_xticklabels()]

@@ -144,7 +144,7 @@ def draw_grids(
             entries.append(("failed", {"marker": "x"} | _BOX))
         lines = legend_below(figure, entries, about, width)
         tall = sum(
-            max(len(grid.rows) for grid in grids[start : start + across]) * _ROW_IN + 0.75
+            max(len(grid.rows) for grid in grids[start : start + across]) * _ROW_IN + 1.0
             for start in range(0, len(grids), across)
         )
         figure.set_size_inches(width, tall + 0.15 * lines + 0.2)
@@ -187,7 +187,7 @@ def _draw_grid(axes: Axes, grid: Grid, colours: Any, accuracy: bool) -> None:
         spine.set_visible(False)
     whole = ""
     if grid.reference is not None:
-        whole = f" (full precision {cell_text(grid.reference, accuracy)})"
+        whole = f"\nfull precision {cell_text(grid.reference, accuracy)}"
     axes.set_title(grid.title + whole, fontsize="medium")
 
 

@@ -169,7 +169,7 @@ def draw_savings(axes: Axes, ratios: Sequence[Point]) -> None:
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.6, zorder=0)
 
 
-def label_sizes(axes: Axes, sizes: Sequence[float], most: int = 5) -> list[float]:
+def label_sizes(axes: Axes, sizes: Sequence[float], most: int = 4) -> list[float]:
     """A logarithmic axis with a few of the sizes on it, the first and last among them.
 
     Sizes within 5 % have one label. Returns the sizes that have one.
@@ -212,8 +212,11 @@ def _draw_bits(axes: Axes, panel: Panel, looks: dict[str, dict[str, Any]]) -> No
         error = None if point.stderr is None else 100 * point.stderr
         mark(axes, places[id(point)], 100 * point.y, error, look)
     widths = sorted({8.0, 4.0, 2.0, 1.0, *(point.x for point in shown)}, reverse=True)
-    labels = [f"{w:g}" if w == int(w) else f"\n{w:g}" for w in widths]
-    axes.set_xticks(widths, labels)
+    whole = [width for width in widths if width == int(width)]
+    between = [width for width in widths if width != int(width)]
+    axes.set_xticks(whole, [f"{width:g}" for width in whole])
+    axes.set_xticks(between, [f"{width:g}" for width in between], minor=True)
+    axes.tick_params(axis="x", which="minor", length=3, pad=14)  # 1.58 is too near to 2
     axes.set_xlim(widths[0] + 0.6, widths[-1] - 0.6)
     axes.margins(y=0.1)
     axes.set_xlabel("bits per weight")

@@ -77,20 +77,27 @@ def draw_bitnet_fig6(wanted: Wanted) -> Figure:
     """
     if wanted.metric not in METRICS:
         raise unknown("metric", wanted.metric, METRICS)
-    panels, shown, about = [], [], []
+    panels, about = [], []
     for shots in wanted.shots():
         own = wanted.entries(baselines=None, schemes=None, num_fewshot=shots)
         families, left_out = in_families(own, _asked(wanted, own))
-        panels += _titled(accuracy_panels(families), f"{shots}-shot")
-        shown += families
-        about += [line for line in left_out_line(left_out) if line not in about]
+        here = _titled(accuracy_panels(families), f"{shots}-shot")
+        panels += here
+        about += [
+            *size_caption(families, here, True, wanted.metric),
+            *left_out_line(left_out),
+        ]
     for shots in _published_shots(wanted):
         theirs, _ = in_families(wanted.published(shots), published_ptq=True)
-        for panel in _titled(accuracy_panels(theirs), f"published: {shots}-shot"):
+        there = _titled(accuracy_panels(theirs), f"published: {shots}-shot")
+        for panel in there:
             panel.chance = published_chance(str(wanted.against), f"{shots}-shot")
-            panels.append(panel)
+        panels += there
+        about += size_caption(theirs, there, True, wanted.metric)
+    if wanted.against and not any(p.published for panel in panels for p in panel.points):
+        raise QBenchError(f"{wanted.against} has no average accuracies; take bitnet-fig6")
     panels = with_sizes(panels, "accuracies")
-    about = [*size_caption(shown, panels, True, wanted.metric), *about]
+    about = list(dict.fromkeys(about))
     return _draw(panels, [None] * len(panels), about, wanted.width_in or _PAGE_IN, accuracy=True)
 
 
@@ -107,12 +114,7 @@ def _published_shots(wanted: Wanted) -> list[int]:
     from qbench.comparison.reference import load
 
     protocols = {str(p) for p in load(wanted.against)["protocol"] if str(p).endswith("-shot")}
-    shots = sorted(int(protocol.removesuffix("-shot")) for protocol in protocols)
-    if not shots:
-        raise QBenchError(
-            f"{wanted.against} has no accuracies by number of examples; take bitnet-fig6"
-        )
-    return shots
+    return sorted(int(protocol.removesuffix("-shot")) for protocol in protocols)
 
 
 def _titled(panels: Iterable[SizePanel], title: str) -> list[SizePanel]:
@@ -187,7 +189,9 @@ def _label_energies(axes: Axes, panel: SizePanel) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(numticks=6))
+    places = [point.x for point in panel.points]
+    wide = max(places) > 50 * min(places)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0), numticks=6))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(_joules_text))
     axes.set_xlabel(f"energy of {TOKENS} tokens")
