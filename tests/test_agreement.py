@@ -240,6 +240,11 @@ def test_the_usual_number_of_windows_said_again_is_the_same_measurement(tokenize
     assert keys(None)["protocol"] == "agreement-20"
 
 
+def test_the_tokens_that_are_compared_can_be_looked_at(tokenizer):
+    task = prepare_task("wikitext2@agreement-20", tokenizer, 512, EvaluationOptions(DATA))
+    assert [list(row) for row in task.token_rows()] == windows(tokenizer, 20, 16)
+
+
 def test_divergence_of_two_coins_is_its_closed_form():
     """KL(0.75 || 0.5) = 0.75 ln 1.5 + 0.25 ln 0.5."""
     one, two = torch.tensor([[0.75, 0.25]]).log(), torch.tensor([[0.5, 0.5]]).log()

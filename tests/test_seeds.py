@@ -468,3 +468,18 @@ def test_rows_of_several_seeds_are_tested_on_all_of_them(answered):
     (line,) = [x for x in tested if x["baseline"] == "quip" and x["task"] == "piqa"]
     assert (line["n_seeds"], line["verdict"] != "") == ("2", True)
     assert float(line["value"]) == pytest.approx((2 / 4 + 0) / 2)
+
+
+def test_the_largest_overlap_of_all_seeds_with_the_tested_text_is_told_once(tmp_path):
+    store = Store(tmp_path)
+    add(store, quantization(), perplexity={"wikitext2@gptq-64": 5.0})
+    for seed, overlap in enumerate([0.02, 0.31, 0.07]):
+        record = seeded(store, seed)
+        measured = task(
+            record, "wikitext2", {"perplexity": 6.0}, protocol="gptq-64", n_items=128,
+            details={"calibration_overlap": overlap},
+        )  # fmt: skip
+        store.save_task(record.checkpoint, record.key, measured)
+    text = table(store)
+    assert text.count("stands in the calibration text") == 1
+    assert "31% of the text of wikitext2" in text.replace("\\%", "%")

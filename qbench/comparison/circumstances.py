@@ -57,13 +57,19 @@ def _noted(number: Measured, usual: str) -> Measured:
             for have in (own, others)
         )
         notes.append(f"measured with {here}; most of the column with {there}")
-    overlap = number.conditions.get("calibration_overlap") or 0.0
-    if overlap >= OVERLAP:
-        notes.append(
-            f"{overlap:.0%} of the text of {number.task} stands in the calibration text of this "
-            "row too: it has seen what it is tested on"
-        )
+    notes += overlap_notes(number)
     return replace(number, notes=tuple(notes)) if len(notes) > len(number.notes) else number
+
+
+def overlap_notes(number: Measured) -> list[str]:
+    """The note that a number was measured on text its method was calibrated on, if it was."""
+    overlap = number.conditions.get("calibration_overlap") or 0.0
+    if overlap < OVERLAP:
+        return []
+    return [
+        f"{overlap:.0%} of the text of {number.task} stands in the calibration text of this "
+        "row too: it has seen what it is tested on"
+    ]
 
 
 def _usual_calibrations(entries: Sequence[Entry]) -> dict[str, tuple[Any, ...]]:
@@ -78,7 +84,8 @@ def _usual_calibrations(entries: Sequence[Entry]) -> dict[str, tuple[Any, ...]]:
 
 def _other_calibration(entry: Entry, usual: Mapping[str, tuple[Any, ...]]) -> Entry:
     """A note on a row calibrated otherwise than most, unless its name says so already."""
-    if entry.facts.get("calibration_source") is None or "calibration." in entry.method:
+    named = any(name.replace("_", ".", 1) in entry.method for name in _CALIBRATION)
+    if entry.facts.get("calibration_source") is None or named:
         return entry
     own = tuple(entry.facts[name] for name in _CALIBRATION)
     others = usual[str(entry.facts["checkpoint"])]

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from qbench.comparison.circumstances import overlap_notes
 from qbench.comparison.entries import Entry, Key, Measured, common, deviations, named
 
 _SAME = (
@@ -118,6 +119,9 @@ def _number(group: list[Entry], key: Key) -> Measured:
             f"{numbers[0].task}: over {len(numbers)} of {len(group)} seeds; missing, failed or "
             f"measured differently: {', '.join(missing)}"
         )
+    most = max(numbers, key=lambda number: number.conditions.get("calibration_overlap") or 0.0)
+    lesser = {note for number in numbers if number is not most for note in overlap_notes(number)}
+    lesser -= set(overlap_notes(most))
     names = [name for name in numbers[0].also if all(name in n.also for n in numbers)]
     return replace(
         numbers[0],
@@ -125,7 +129,8 @@ def _number(group: list[Entry], key: Key) -> Measured:
         stderr=_mean([number.stderr for number in numbers]),
         also={name: _both([number.also[name] for number in numbers]) for name in names},
         draws=tuple(float(number.value or 0.0) for number in numbers) if len(numbers) > 1 else (),
-        notes=tuple(dict.fromkeys(notes)),
+        conditions=most.conditions,
+        notes=tuple(dict.fromkeys(note for note in notes if note not in lesser)),
     )
 
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -195,6 +195,10 @@ class AgreementTask(PreparedTask):
             },
             items=items,
         )
+
+    def token_rows(self) -> Iterable[Sequence[int]]:
+        """The token ids of the windows."""
+        return (row.tokens for row in self.rows.rows)
 
     def _compare(
         self, batch: Batch, parts: Iterable[Tensor]

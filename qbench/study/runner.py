@@ -317,6 +317,7 @@ class Workbench:
         ):
             try:
                 task, batching = self.supply.against(task), batching_of(model)
+                started = time.perf_counter()  # without a reference, which serves all cells
                 sharing = None if batching else self.supply.sharing(task, model)
                 result = task.run(model, progress, batching, sharing)
             except Exception as error:
