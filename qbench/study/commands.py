@@ -12,6 +12,7 @@ from qbench.evaluation.tasks import PreparedTask
 from qbench.models.checkpoints import find_checkpoint
 from qbench.models.checks import check_device, check_dtype
 from qbench.models.files import data_folder
+from qbench.models.gptq_format import damage
 from qbench.progress import Reporter
 from qbench.record import QuantizationRecord, TaskRecord
 from qbench.registry import load_baseline
