@@ -201,6 +201,11 @@ def test_experts_stored_the_other_way_round_are_the_same_matrices():
     assert sum(p.count for p in turned if {p.out_features, p.in_features} == {8, 16}) == 2
 
 
+def test_an_output_head_that_was_quantized_too_is_no_part_of_the_energy():
+    with_head = record([((8, 8), "W8A8"), ((10, 8), "W8A8")])
+    assert energy_of(with_head, 7) == energy_of(record([((8, 8), "W8A8")]), 7)
+
+
 def test_without_dimensions_there_is_no_energy():
     assert energy_of(record([], dimensions=None), 512) is None
 

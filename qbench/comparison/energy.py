@@ -218,7 +218,9 @@ def products_of(record: QuantizationRecord, accumulator: str = "int8") -> Produc
     alike = Counter((layer.shape, layer.scheme) for layer in record.layers)
     found: Products = []
     for (layer_shape, text), count in alike.items():
-        scheme, active = _parsed(text), count * shares.get(layer_shape, 1.0)
+        if layer_shape not in shares:  # an output head that was quantized too
+            continue
+        scheme, active = _parsed(text), count * shares[layer_shape]
         arithmetic = arithmetic_of(scheme.wbits, scheme.abits, accumulator)
         found.append(_product(*layer_shape, active, arithmetic, scheme.group_size))
         known = next((shape for shape in _both(*layer_shape) if left.get(shape, 0) > 0), None)
