@@ -232,7 +232,7 @@ def unpaired_z(a: float, a_stderr: float | None, b: float, b_stderr: float | Non
     spread = math.hypot(a_stderr, b_stderr)
     if spread == 0 or not math.isfinite(b - a):
         return Unpaired(math.nan, None)
-    z = (b - a) / spread
+    z = float(b - a) / spread
     return Unpaired(z, float(2 * norm.sf(abs(z))))
 
 
