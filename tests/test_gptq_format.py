@@ -19,6 +19,7 @@ from torch import Tensor
 
 from qbench.errors import QBenchError
 from qbench.models.checkpoints import find_checkpoint
+from qbench.models.gptq_format import damage
 from qbench.models.gptq_loading import dequantize, unpack, zero_points
 from qbench.quantization.quantize import quantize_model
 from qbench.study.store import Store
@@ -385,6 +386,20 @@ def test_two_configurations_that_contradict_each_other_are_refused(tmp_path):
     (folder / "quantize_config.json").write_text(json.dumps(entry(bits=8)))
     with pytest.raises(QBenchError, match="bits 4 and quantize_config.json says 8"):
         find_checkpoint(str(folder))
+
+
+def test_zero_points_that_autogptq_lost_are_told_and_others_are_not(tmp_path):
+    """It packs a zero point of 0 as -1: 32 ones, over those that follow in the word."""
+    folder = write(tmp_path / "packed", sym=False)
+    checkpoint = find_checkpoint(str(folder))
+    assert damage(checkpoint.layer_reports(checkpoint.load_model())) == []
+    folder = change_layer(folder, "qzeros", lambda t: t | -(1 << 8))  # the third of each word is 0
+    checkpoint = find_checkpoint(str(folder))
+    [said] = damage(checkpoint.layer_reports(checkpoint.load_model()))
+    assert said.startswith("24 words of zero points in 1 matrices end in ones")  # 2 groups x 96/8
+    edit_config(folder, quantization_config=entry(sym=False, version="gptq_v2"))
+    checkpoint = find_checkpoint(str(folder))
+    assert damage(checkpoint.layer_reports(checkpoint.load_model())) == []
 
 
 # --- runs, sweeps, tables -------------------------------------------------------------------------
