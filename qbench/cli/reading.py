@@ -28,7 +28,10 @@ def list_(
 @app.command()
 def table(
     layout: Annotated[
-        str, typer.Option(help="comparison, costs, sizes, bitnet-table3, b158-table2")
+        str,
+        typer.Option(
+            help="comparison, costs, sizes, bitnet-table3, bitnet-table4, b158-table1, b158-table2"
+        ),
     ] = "comparison",
     metric: Annotated[
         str, typer.Option(help="acc, acc_norm or acc_token; in sizes bits_per_byte too")
