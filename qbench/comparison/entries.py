@@ -92,6 +92,11 @@ class Entry:
         return bool(self.facts.get("trained"))
 
     @property
+    def as_stored(self) -> bool:
+        """Whether the checkpoint brought its width: trained at it, or quantized elsewhere."""
+        return self.trained or bool(self.facts.get("quantized_elsewhere"))
+
+    @property
     def mixed(self) -> bool:
         """Whether some matrices have a scheme of their own, so that W/A does not say it all."""
         return bool(self.facts.get("overrides"))

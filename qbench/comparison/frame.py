@@ -31,6 +31,7 @@ RUN_COLUMNS = (
     *("calibration_source", "calibration_seqlen", "calibration_nsamples", "calibration_seed"),
     *("calibration_tokens", "parameters", "trained", "status", "error", "n_layers", "fallbacks"),
     *("effective_bits", "quantization_dtype", "created", *COST_COLUMNS),
+    "quantized_elsewhere",
 )
 TASK_COLUMNS = (
     *("task", "protocol", "kind", "num_fewshot", "fewshot_seed", "limit", "encoding", "dtype"),
@@ -112,6 +113,7 @@ def _run_columns(record: QuantizationRecord) -> dict[str, Any]:
         columns[name] = getattr(scheme, name)
     for name in ("parameters", "trained", "status", "error", "fallbacks", "effective_bits"):
         columns[name] = getattr(record, name)
+    columns["quantized_elsewhere"] = record.quantized_elsewhere
     if key.calibration:
         for name in ("source", "seqlen", "nsamples", "seed", "tokens"):
             columns[f"calibration_{name}"] = getattr(key.calibration, name)

@@ -234,7 +234,7 @@ def point_of(entry: Entry, number: Measured, place: float, different: set[str]) 
         series=entry.series,
         wbits=facts["wbits"],
         abits=facts["abits"],
-        name=facts["checkpoint"] if entry.trained else facts["label"],
+        name=facts["checkpoint"] if entry.as_stored else facts["label"],
         comparable=not different,
         mixed=entry.mixed,
         run=facts.get("run") or "",
@@ -245,13 +245,13 @@ def point_of(entry: Entry, number: Measured, place: float, different: set[str]) 
 def _by_checkpoint(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
     homes: dict[str, list[Entry]] = defaultdict(list)
     for entry in sorted(entries, key=by_size):
-        if not entry.trained:
+        if not entry.as_stored:
             homes[entry.facts["checkpoint"]].append(entry)
     sizes = {name: members[0].facts["parameters"] for name, members in homes.items()}
-    trained = [entry for entry in entries if entry.trained]
+    guests = [entry for entry in entries if entry.as_stored]
     if not homes:
-        return {"": trained}
-    for entry in trained:
+        return {"": guests}
+    for entry in guests:
         for name in _nearest(entry.facts["parameters"], sizes):
             homes[name].append(entry)
     return dict(homes)
@@ -276,6 +276,6 @@ def _nearest(size: int | None, sizes: dict[str, int | None]) -> list[str]:
 
 def run_name(entry: Entry) -> str:
     """What captions call a run."""
-    if entry.trained:
+    if entry.as_stored:
         return str(entry.facts["checkpoint"])
     return entry.name

@@ -81,6 +81,12 @@ def layers(reports: list[LayerReport]) -> dict[str, Any]:
     return found if reports else {}
 
 
+def _origin(record: QuantizationRecord) -> str:
+    if record.trained:
+        return "trained"
+    return "in the checkpoint" if record.quantized_elsewhere else "applied afterwards"
+
+
 def _groups(entry: Entry, run: Run) -> list[tuple[str, Pairs]]:
     record, key = run.quantization, run.quantization.key
     scheme = Scheme.parse(key.scheme)
@@ -88,7 +94,7 @@ def _groups(entry: Entry, run: Run) -> list[tuple[str, Pairs]]:
         ("checkpoint", record.checkpoint),
         ("parameters", size_text(record.parameters)),
         ("weights", key.weights),
-        ("widths were", "trained" if record.trained else "applied afterwards"),
+        ("widths were", _origin(record)),
     ]
     precision: Pairs = [
         ("scheme", key.scheme),

@@ -96,7 +96,7 @@ def ordered(entries: list[Entry]) -> tuple[list[Entry], set[int]]:
     a published number stands beside what it is compared with.
     """
     measured = [e for e in entries if e.source == "measured"]
-    own = sorted((entry for entry in measured if not entry.trained), key=by_size)
+    own = sorted((entry for entry in measured if not entry.as_stored), key=by_size)
     homes = list(dict.fromkeys(entry.facts["checkpoint"] for entry in own))
     one_block = len(homes) <= 1
 

@@ -131,7 +131,7 @@ def _score(entry: Entry, key: Key, usual: dict[str, object], stderr: bool) -> Ce
     number = entry.cells.get(key)
     if number is None:
         status = entry.facts.get("status") if usual else None  # no verdict where nobody measured
-        if usual and is_agreement(key) and entry.trained:
+        if usual and is_agreement(key) and entry.as_stored:
             status = "not_applicable"  # there is nothing it could agree with
         return Cell({"failed": "failed", "not_applicable": "n/a"}.get(str(status), MISSING))
     if number.value is None:
