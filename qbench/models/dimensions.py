@@ -129,7 +129,7 @@ def find_dimensions(name: str) -> tuple[Dimensions, int, str | None]:
             is fetched.
 
     Returns:
-        dimensions, number of parameters, and the scheme it was trained at (None for full
+        dimensions, number of parameters, and the scheme its weights are stored at (None for full
         precision).
 
     Raises:
@@ -146,9 +146,9 @@ def find_dimensions(name: str) -> tuple[Dimensions, int, str | None]:
     files.read_json(folder / "config.json")
     weights = checkpoint.weight_files
     if weights and all(path.is_file() for path in weights):
-        scheme = checkpoint.trained_scheme
+        own = checkpoint.own_scheme
         found = checkpoint_dimensions(checkpoint)
-        return found, checkpoint.parameters, None if scheme is None else str(scheme)
+        return found, checkpoint.parameters, None if own is None else str(own.scheme)
     model = _from_configuration(folder)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return dimensions(model), parameters, None

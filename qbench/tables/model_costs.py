@@ -55,8 +55,8 @@ class Model:
     name: str
     dimensions: Dimensions
     parameters: int | None = None
-    trained: str | None = None
-    """The scheme it was trained at."""
+    own_scheme: str | None = None
+    """What it was trained at, or is stored at."""
     record: QuantizationRecord | None = None
     """The run it is, where it is one."""
 
@@ -102,13 +102,13 @@ def find_model(name: str, results: Path) -> Model:
     from qbench.models.dimensions import find_dimensions
 
     try:
-        dimensions, parameters, trained = find_dimensions(name)
+        dimensions, parameters, scheme = find_dimensions(name)
     except QBenchError as error:
         raise QBenchError(
             f"{error}; it is no run in {results} either, and no shape such as bitnet-6.7B"
         ) from error
     short = Path(name).expanduser().resolve().name if Path(name).expanduser().is_dir() else name
-    return Model(short.removeprefix("bundled:"), dimensions, parameters, trained)
+    return Model(short.removeprefix("bundled:"), dimensions, parameters, scheme)
 
 
 def _stored(name: str, results: Path) -> QuantizationRecord | None:
@@ -151,7 +151,7 @@ Line = tuple[str, list[str]]
 
 
 def _variants(model: Model, schemes: Sequence[str]) -> list[_Variant]:
-    asked = list(schemes) or ([model.trained] if model.trained else [])
+    asked = list(schemes) or ([model.own_scheme] if model.own_scheme else [])
     found = [_at(model, Scheme())]
     if model.record is not None and not schemes:
         own = footprint_of(model.record)
