@@ -8,18 +8,20 @@ so. Left out: questions without options (LAMBADA), and windows of texts.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qbench.comparison.entries import Entry, Measured
 from qbench.comparison.pairing import SCORES, NotPaired, Paired, flips, pair
 from qbench.errors import QBenchError
 from qbench.record import TaskKey
 from qbench.report.snapshot import Snapshot, full_precision_of
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 SHOWN = 12
 """Questions of one task on one page."""
@@ -149,21 +151,26 @@ class Answers:
         }
 
 
-def _items(shown: Any, both: Paired, metric: str) -> list[list[Any]]:
-    """[document, kind, gold, full precision's answer, ours, margins, scores of both]."""
+def _items(shown: DataFrame, both: Paired, metric: str) -> list[list[Any]]:
+    """[document, kind, gold, full precision's answer, ours, margins, scores of both].
+
+    The index of ``shown`` is the number of the question, in the order of the items.
+    """
+    import numpy as np
+
     per = SCORES[metric]
-    wanted = set(shown["doc_id"].tolist())
-    scores: dict[int, list[list[float]]] = defaultdict(list)
-    for frame in (both.a, both.b):
-        rows = frame[frame["doc_id"].isin(wanted)]
-        values = rows["loglikelihood"] / (1 if per is None else rows[per].clip(lower=1))
-        for doc, own in values.groupby(rows["doc_id"]):
-            scores[int(doc)].append([short(value) for value in own.tolist()])
-    columns = ("doc_id", "kind", "gold", "chosen_a", "chosen_b", "margin_a", "margin_b")
+    starts = [*np.flatnonzero(both.a["option"].to_numpy() == 0).tolist(), len(both.a)]
+    scores = []
+    for items in (both.a, both.b):
+        values = items["loglikelihood"].to_numpy()
+        scores.append(values if per is None else values / np.maximum(items[per].to_numpy(), 1))
+    columns = [shown[name].tolist() for name in ("doc_id", "kind", "gold", "chosen_a", "chosen_b")]
+    margins = zip(shown["margin_a"].tolist(), shown["margin_b"].tolist(), strict=True)
     found = []
-    for doc, kind, gold, a, b, margin_a, margin_b in shown[list(columns)].itertuples(index=False):
-        margins = [short(margin_a), short(margin_b)]
-        found.append([int(doc), kind, [int(g) for g in gold], int(a), int(b), margins, scores[doc]])
+    for number, *answer, pair_of in zip(shown.index.tolist(), *columns, margins, strict=True):
+        own = slice(starts[number], starts[number + 1])
+        options = [[short(score) for score in values[own].tolist()] for values in scores]
+        found.append([*answer, [short(margin) for margin in pair_of], options])
     return found
 
 

@@ -123,7 +123,7 @@ function plotly() {
 async function draw(place, figure, onPoint) {
   const Plotly = await plotly();
   const narrow = place.clientWidth < 520;
-  const axis = { automargin: true, zeroline: false, fixedrange: narrow };
+  const axis = { zeroline: false, fixedrange: narrow };
   const layout = {
     ...figure.layout,
     autosize: true,
@@ -135,7 +135,7 @@ async function draw(place, figure, onPoint) {
     hoverlabel: { bgcolor: "#222", bordercolor: "#222", font: { color: "#fff" } },
     dragmode: narrow ? false : "zoom",
     xaxis: { ...axis, ...figure.layout.xaxis },
-    yaxis: { ...axis, ...figure.layout.yaxis },
+    yaxis: { ...axis, automargin: true, ...figure.layout.yaxis },
   };
   const settings = { responsive: true, displaylogo: false, displayModeBar: narrow ? false : "hover" };
   settings.modeBarButtonsToRemove = ["select2d", "lasso2d", "autoScale2d"];

@@ -19,6 +19,7 @@ import json
 import math
 import zlib
 from collections.abc import Mapping
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
@@ -37,9 +38,9 @@ def render(content: Mapping[str, Any], packed: Mapping[str, Any]) -> str:
 
     folder = files("qbench.report")
     script = _own_script()
-    library = plotly_script()
+    library, packed_library = _plotly()
     blocks = {name: pack(json_text(data).encode()) for name, data in packed.items()}
-    blocks["plotly"] = pack(library.encode())
+    blocks["plotly"] = packed_library
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -97,6 +98,13 @@ def plotly_script() -> str:
         raise QBenchError("the report's plots need plotly; install it: pip install plotly")
     with open(f"{places[0]}/package_data/plotly.min.js", encoding="utf-8", newline="") as file:
         return file.read()
+
+
+@cache
+def _plotly() -> tuple[str, str]:
+    """The library, as it is and packed."""
+    source = plotly_script()
+    return source, pack(source.encode())
 
 
 def _own_script() -> str:

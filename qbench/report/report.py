@@ -10,18 +10,21 @@ import os
 import secrets
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from qbench.comparison.entries import Entry
+from qbench.comparison.seeds import merged
 from qbench.errors import QBenchError, RunFailed
 from qbench.report import overview
 from qbench.report.answers import Answers, Texts
 from qbench.report.figure import figures
 from qbench.report.findings import findings
 from qbench.report.page import render
+from qbench.report.reproductions import reproductions
 from qbench.report.runs import page_of
 from qbench.report.sheets import shown
 from qbench.report.snapshot import Snapshot, anchors, full_precision_of
@@ -67,19 +70,17 @@ def html_of(store: Store, choices: Choices = Choices()) -> str:  # noqa: B008
     with warnings.catch_warnings(record=True) as unread:
         warnings.simplefilter("always")
         snapshot = Snapshot(store)
-        rows, single = (
-            stored_entries(
-                snapshot,
-                choices.metric,
-                checkpoints=choices.checkpoints,
-                baselines=choices.baselines,
-                schemes=choices.schemes,
-                tasks=choices.tasks,
-                num_fewshot=choices.num_fewshot,
-                each_seed=each_seed,
-            )
-            for each_seed in (False, True)
+        single = stored_entries(
+            snapshot,
+            choices.metric,
+            checkpoints=choices.checkpoints,
+            baselines=choices.baselines,
+            schemes=choices.schemes,
+            tasks=choices.tasks,
+            num_fewshot=choices.num_fewshot,
+            each_seed=True,
         )
+    rows = merged(single)
     measured = [entry for entry in rows if entry.source == "measured"]
     anchor_of = anchors(entry.facts["run"] for entry in single)
     texts = Texts(choices.data, choices.without_texts)
@@ -90,6 +91,7 @@ def html_of(store: Store, choices: Choices = Choices()) -> str:  # noqa: B008
     title = _title(measured)
     # a broken record is a warning of the page, said once
     broken = dict.fromkeys(str(w.message).removeprefix("left out: ") for w in unread)
+    again, unread_again = reproductions(store.root)
     content = {
         "title": title,
         "lead": _lead(measured),
@@ -98,8 +100,8 @@ def html_of(store: Store, choices: Choices = Choices()) -> str:  # noqa: B008
         "figures": figures(measured, choices.metric, anchor_of),
         "table": _table(snapshot, rows, choices, anchor_of),
         "published": _published(snapshot, rows, choices, anchor_of),
-        "reproductions": [],
-        "warnings": overview.warnings(measured, anchor_of, broken),
+        "reproductions": again,
+        "warnings": overview.warnings(measured, anchor_of, [*broken, *unread_again]),
         "compared": overview.compared(
             measured, [snapshot.run(entry.facts["run"]) for entry in single]
         ),
@@ -197,7 +199,8 @@ def write(output: Path, text: str) -> Path:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
         os.replace(temporary, output)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise RunFailed(
             f"cannot write {output} ({error.strerror or error}); name another file with -o"
         ) from error

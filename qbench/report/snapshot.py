@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING
 
 from qbench.comparison.entries import Entry, Measured
 from qbench.comparison.pairing import Measurement
@@ -17,7 +17,10 @@ from qbench.errors import QBenchError
 from qbench.record import TaskKey, TaskRecord
 from qbench.study.store import Run, Store
 
-_KEPT = 64  # measurements whose items are kept in memory
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+_KEPT = 1024  # measurements whose items are kept in memory: tables, sentences and pages want them
 _SAME_NAME = {"fewshot_seed": "seed", "task_version": "version"}
 
 
@@ -28,8 +31,7 @@ class Snapshot(Store):
         super().__init__(store.root)
         self._all = list(store.runs())
         self._by_name = {self.name(run): run for run in self._all}
-        self.measurement = lru_cache(_KEPT)(self._measurement)
-        """Run and digest of a task's key -> the measurement with its items."""
+        self._items = lru_cache(_KEPT)(self._read_items)
 
     def runs(self) -> Iterator[Run]:
         """Every run."""
@@ -47,10 +49,11 @@ class Snapshot(Store):
         """The measurement behind a number of a table; None for one that was not measured here."""
         if name not in self._by_name or not measured.conditions:
             return None
-        wanted = {n: v for n, v in measured.conditions.items() if n != "metric"}
+        wanted = {_SAME_NAME.get(n, n): value for n, value in measured.conditions.items()}
+        wanted = {n: value for n, value in wanted.items() if n in TaskKey.model_fields}
         wanted["task"] = measured.task
         for record in self._by_name[name].tasks:
-            if all(_field(record.key, n) == v for n, v in wanted.items()):
+            if all(getattr(record.key, n) == value for n, value in wanted.items()):
                 return record
         return None
 
@@ -60,14 +63,18 @@ class Snapshot(Store):
         if record is None:
             return None
         try:
-            return self.measurement(name, record.key.digest())
+            return Measurement.read(self, self._by_name[name], record)
         except QBenchError:
             return None
 
-    def _measurement(self, name: str, digest: str) -> Measurement:
+    def items(self, run: Run, task: TaskRecord) -> DataFrame:
+        """The items of one measurement, read once."""
+        return self._items(self.name(run), task.key.digest())
+
+    def _read_items(self, name: str, digest: str) -> DataFrame:
         run = self._by_name[name]
-        record = next(r for r in run.tasks if r.key.digest() == digest)
-        return Measurement.read(self, run, record)
+        task = next(task for task in run.tasks if task.key.digest() == digest)
+        return super().items(run, task)
 
 
 def anchors(runs: Iterable[str]) -> dict[str, str]:
@@ -89,7 +96,3 @@ def full_precision_of(entries: Iterable[Entry]) -> dict[tuple[str, str], Entry]:
 def _short(name: str, last: Mapping[str, int]) -> str:
     tail = name.rpartition("/")[2]
     return tail if last[tail] == 1 else name
-
-
-def _field(key: TaskKey, condition: str) -> Any:
-    return getattr(key, _SAME_NAME.get(condition, condition))
