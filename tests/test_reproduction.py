@@ -32,8 +32,11 @@ from qbench.study.store import Store
 
 PRESETS = presets.presets()
 REPRODUCED = {name: p for name, p in PRESETS.items() if p.family.weights != "unreleased"}
-FIRST = {id(p.family): name for name, p in reversed(REPRODUCED.items())}
-"""One preset of every family runs by default; the others are the same cells on other numbers."""
+QUICK = {
+    *("gptq-bloom-560m", "quip-opt-125m", "llmint8-125m", "b158-large"),
+    *("bitnet-2b4t", "smoothquant-mistral-7b", "smoothquant-opt-iml-30b"),
+}
+"""Of every architecture and kind of row one runs by default; the others have the same cells."""
 PERPLEXITY = Measure(task="wikitext2", protocol="gptq-2048", metric="perplexity")
 ACCURACY = Measure(task="piqa", metric="acc_norm")
 
@@ -300,10 +303,7 @@ def test_the_paired_error_of_an_accuracy_comes_from_the_questions_that_flipped()
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=() if name in FIRST.values() else pytest.mark.slow)
-        for name in REPRODUCED
-    ],
+    [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in REPRODUCED],
 )
 def test_every_preset_runs_to_its_last_row_on_a_stand_in_of_its_architecture(place, name):
     preset = small(PRESETS[name])
@@ -517,15 +517,15 @@ def test_without_a_name_the_presets_are_listed():
         assert (preset.target.hub or "never released") in line
 
 
-@pytest.mark.parametrize("name", ["gptq-opt-125m", "smoothquant-llama2-70b", "bitnet-2b4t"])
+@pytest.mark.parametrize("name", ["gptq-opt-125m", "smoothquant-llama2-7b", "bitnet-2b4t"])
 def test_a_dry_run_says_what_would_be_downloaded_without_asking_the_network(
     name, offline, tmp_path
 ):
     preset = PRESETS[name]
     text = qbench("reproduce", name, "--dry-run", "--results", tmp_path / "runs").stdout
-    size = {"gptq-opt-125m": "250 MB", "smoothquant-llama2-70b": "138 GB", "bitnet-2b4t": "1.18 GB"}
+    size = {"gptq-opt-125m": "250 MB", "smoothquant-llama2-7b": "13.5 GB", "bitnet-2b4t": "1.18 GB"}
     assert f"{preset.target.hub}, about {size[name]} to download" in text
-    assert ("the Hub asks for an agreement" in text) == (name == "smoothquant-llama2-70b")
+    assert ("the Hub asks for an agreement" in text) == (name == "smoothquant-llama2-7b")
     assert "on this machine" in text
     for row in preset.rows:
         assert f"  {row.name} " in text
