@@ -10,6 +10,17 @@ import typer
 from qbench.cli.application import DEFAULT_RESULTS, Data, Names, Results, app
 from qbench.errors import QBenchError
 
+Layout = Annotated[
+    str,
+    typer.Option(
+        help="comparison, costs, sizes, bitnet-table3, bitnet-table4, b158-table1, b158-table2"
+    ),
+]
+Flips = Annotated[
+    bool, typer.Option("--flips", help="Share of answers that differ from full precision's.")
+]
+EachSeed = Annotated[bool, typer.Option("--each-seed", help="A row per seed, not mean and spread.")]
+
 
 @app.command("list")
 def list_(
@@ -27,12 +38,7 @@ def list_(
 
 @app.command()
 def table(
-    layout: Annotated[
-        str,
-        typer.Option(
-            help="comparison, costs, sizes, bitnet-table3, bitnet-table4, b158-table1, b158-table2"
-        ),
-    ] = "comparison",
+    layout: Layout = "comparison",
     metric: Annotated[
         str, typer.Option(help="acc, acc_norm or acc_token; in sizes bits_per_byte too")
     ] = "acc",
@@ -47,12 +53,8 @@ def table(
     scheme: Names = [],  # noqa: B006
     task: Names = [],  # noqa: B006
     num_fewshot: Annotated[int | None, typer.Option()] = None,
-    flips: Annotated[
-        bool, typer.Option("--flips", help="Share of answers that differ from full precision's.")
-    ] = False,
-    each_seed: Annotated[
-        bool, typer.Option("--each-seed", help="A row per seed, not mean and spread.")
-    ] = False,
+    flips: Flips = False,
+    each_seed: EachSeed = False,
     significance: Annotated[
         str, typer.Option(help="off, fp16 (differs from full precision?) or best (really best?)")
     ] = "off",
@@ -90,6 +92,11 @@ def table(
             interval=interval,
         )
     )
+    _give(text, output)
+
+
+def _give(text: str, output: Path | None) -> None:
+    """Print a table, or write it and print where."""
     if output is None:
         print(text)
         return

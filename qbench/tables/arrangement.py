@@ -30,6 +30,9 @@ from qbench.tables.columns import difference_column, mean_column, score_column
 from qbench.tables.sheet import MISSING, Column, Sheet, accuracy_text
 
 
+_AGREEMENTS = ("KL", "top-1")
+
+
 @dataclass(frozen=True)
 class Options:
     """What a layout is asked for beside its rows."""
@@ -58,7 +61,7 @@ def sheet_of(
     remarks = []
     if perplexity_keys(rows):
         remarks.append("PPL: perplexity, lower is better; text and protocol stand in the heading.")
-    if agreement_keys(rows):
+    if any(column.heading[0] in _AGREEMENTS for column in columns):
         remarks.append(
             "KL, top-1: next-token distributions against the same checkpoint in full precision "
             "(mean KL(FP16 || row) in nats, lower is better; percent of positions with the same "
@@ -168,7 +171,7 @@ def agreements(rows: list[Entry]) -> list[Column]:
     """KL divergence and top-1 agreement, per text and protocol."""
     columns = []
     for task, protocol in agreement_keys(rows):
-        name = "top-1" if protocol.endswith(TOP_1) else "KL"
+        name = _AGREEMENTS[protocol.endswith(TOP_1)]
         heading = (name, task, protocol.removesuffix(TOP_1))
         columns.append(score_column(heading, rows, (task, protocol), name, stderr=False))
     return columns

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from qbench.comparison.entries import Entry, entries, select
 from qbench.comparison.frame import frame
@@ -82,32 +83,45 @@ def table(
     """
     if format not in FORMATS:
         raise unknown("format", format, FORMATS)
-    if layout not in LAYOUTS:
-        raise unknown("layout", layout, LAYOUTS)
-    if metric not in METRICS and (layout not in BY_SIZE or metric != "bits_per_byte"):
-        raise unknown("metric", metric, METRICS)
     rows = {"checkpoints": checkpoints, "tasks": tasks}
     quantized = {"baselines": baselines, "schemes": schemes}
-    asked = None
+    options = Options(metric, against, delta)
+    sheet = _laid_out(store, layout, options, rows, quantized, num_fewshot, each_seed)
+    sheet = with_significance(sheet, store, significance)
+    sheet = with_intervals(sheet) if interval else sheet
+    sheet = with_flips(sheet, store) if flips else sheet
+    return render.terminal(sheet, width) if format == "terminal" else FORMATS[format](sheet)
+
+
+def _laid_out(
+    store: Store,
+    layout: str,
+    options: Options,
+    rows: dict[str, Any],
+    quantized: dict[str, Any],
+    num_fewshot: int | None,
+    each_seed: bool,
+) -> Sheet:
+    """The table before it is tested; ``quantized`` are the filters on method and scheme."""
+    if layout not in LAYOUTS:
+        raise unknown("layout", layout, LAYOUTS)
+    metric = options.metric
+    if metric not in METRICS and (layout not in BY_SIZE or metric != "bits_per_byte"):
+        raise unknown("metric", metric, METRICS)
     if layout in BY_SIZE:
         asked = asked_for(store, num_fewshot=num_fewshot, **rows, **quantized)
-        quantized = {}
+        options, quantized = replace(options, asked=asked), {}
     of = metric if metric in METRICS else METRICS[0]
-    few = {}
     if layout in FEW_SHOT:
         chosen = select(_stored(store), **rows, **quantized)
         chosen = chosen[(chosen["num_fewshot"] == FEW_SHOT[layout]).fillna(False)]
         examples = entries(chosen, of) if each_seed else merged(entries(chosen, of))
         few = {str(entry.facts["run"]): entry.cells for entry in examples}
-        num_fewshot = 0
+        options, num_fewshot = replace(options, few_shot=few), 0
     shown = stored_entries(
         store, of, num_fewshot=num_fewshot, each_seed=each_seed, **rows, **quantized
     )
-    sheet = lay_out(layout, shown, Options(metric, against, delta, asked, few))
-    sheet = with_significance(sheet, store, significance)
-    sheet = with_intervals(sheet) if interval else sheet
-    sheet = with_flips(sheet, store) if flips else sheet
-    return render.terminal(sheet, width) if format == "terminal" else FORMATS[format](sheet)
+    return lay_out(layout, shown, options)
 
 
 def published_table(name: str, format: str = "md", width: int = 100) -> str:
