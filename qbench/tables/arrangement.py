@@ -29,7 +29,6 @@ from qbench.scheme import format_bits
 from qbench.tables.columns import difference_column, mean_column, score_column
 from qbench.tables.sheet import MISSING, Column, Sheet, accuracy_text
 
-
 _AGREEMENTS = ("KL", "top-1")
 
 
