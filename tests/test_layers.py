@@ -61,6 +61,8 @@ TORCH_FREE = """
     qbench.comparison.scaling qbench.comparison.sizes qbench.tables.size_table qbench.plots.style
     qbench.plots.against_bits qbench.plots.against_size
     qbench.comparison.layer_errors qbench.plots.wanted qbench.plots.heatmap qbench.plots.profile
+    qbench.comparison.savings qbench.plots.paper_bits qbench.plots.paper_sizes
+    qbench.plots.paper_costs
     qbench.study.listing qbench.study.environment qbench.study.doctor
     qbench.comparison.energy qbench.comparison.footprint qbench.comparison.shapes
     qbench.comparison.run_costs qbench.comparison.cost_points qbench.tables.costs

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PolyCollection
 from matplotlib.text import Text
 from study_fixtures import BITNET_TASKS, add, bitnet_store, quantization
@@ -362,7 +363,7 @@ def test_letters_are_black_on_light_and_white_on_dark_colours():
 # --- as a page prints it -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("width", [3.25, 6.75])
+@pytest.mark.parametrize("width", [3.25, pytest.param(6.75, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_text_is_legible_inside_the_figure_and_apart(kind, width, twins, monkeypatch):
     """At a column's and at a page's width; what is drawn is caught as it is drawn."""
@@ -377,9 +378,8 @@ def test_text_is_legible_inside_the_figure_and_apart(kind, width, twins, monkeyp
             seen.append(self)
 
     drawn.set_dpi(100)
-    drawn.draw_without_rendering()  # the layout settles
     monkeypatch.setattr(Text, "draw", caught)
-    drawn.canvas.draw() if hasattr(drawn.canvas, "get_renderer") else _render(drawn)
+    FigureCanvasAgg(drawn).draw()
     assert drawn.get_size_inches()[0] == width
     assert min(text.get_fontsize() for text in seen) >= style.SMALLEST_PT
     boxes = [(text.get_text(), text.get_window_extent()) for text in seen]
@@ -396,12 +396,6 @@ def test_text_is_legible_inside_the_figure_and_apart(kind, width, twins, monkeyp
         if min(a.x1, b.x1) - max(a.x0, b.x0) > 1 and min(a.y1, b.y1) - max(a.y0, b.y0) > 1
     ]
     assert not clashes
-
-
-def _render(drawn: Any) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    FigureCanvasAgg(drawn).draw()
 
 
 def test_a_pdf_is_as_wide_as_the_column_and_embeds_truetype(twins, tmp_path):

@@ -134,7 +134,7 @@ def plot(
         ),
     ] = "wbits",
     against: Annotated[
-        str | None, typer.Option(help="A published table; against size only.")
+        str | None, typer.Option(help="A published table: against size, the papers' own figures.")
     ] = None,
     width: Annotated[
         str | None, typer.Option(help="3.25in (a column of a page), 8cm, 234pt.")

@@ -20,7 +20,7 @@ from qbench.errors import QBenchError, unknown
 from qbench.plots.style import check_suffix, save
 from qbench.plots.wanted import Wanted
 from qbench.study.store import Store
-from qbench.tables.table import METRICS, asked_for, stored_entries
+from qbench.tables.table import METRICS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,11 +28,12 @@ if TYPE_CHECKING:
 KINDS = (
     *("accuracy-vs-bits", "perplexity-vs-bits", "accuracy-vs-size", "loss-vs-size"),
     *("heatmap", "layer-errors", "bitnet-fig1", "bitnet-fig3", "bitnet-fig6", "b158-fig2"),
-    *("b158-fig3", "accuracy-vs-cost", "perplexity-vs-cost"),
+    *("b158-fig3", "accuracy-vs-cost", "perplexity-vs-cost", "agreement-vs-bits"),
 )
 BY_SIZE = KINDS[2:4]
 BY_COST = ("accuracy-vs-cost", "perplexity-vs-cost")
 _OF_THEIR_OWN = {
+    "agreement-vs-bits": ("against_bits", "draw_agreement"),
     "heatmap": ("heatmap", "draw_heatmap"),
     "layer-errors": ("profile", "draw_layer_errors"),
     "bitnet-fig1": ("paper_bits", "draw_bitnet_fig1"),
@@ -86,20 +87,15 @@ def plot(
     """
     output = Path(output)
     check_suffix(output)
+    wanted = Wanted(store, kind or "", metric, against, width_in, checkpoints, baselines, schemes,
+                    tasks, num_fewshot)  # fmt: skip
     if kind in _OF_THEIR_OWN:
-        wanted = Wanted(store, kind, metric, against, width_in, checkpoints, baselines, schemes,
-                        tasks, num_fewshot)  # fmt: skip
         save(_draw_its_own(wanted, x), output)
         return output
     kind, metric = _kind_and_metric(kind, metric)
-    rows = {"checkpoints": checkpoints, "tasks": tasks}
-    quantized = {"baselines": baselines, "schemes": schemes}
-    asked = None
-    if kind in BY_SIZE:
-        asked = asked_for(store, num_fewshot=num_fewshot, **rows, **quantized)
-        quantized = {}
-    of = metric if metric in METRICS else METRICS[0]
-    entries = stored_entries(store, of, num_fewshot=num_fewshot, **rows, **quantized)
+    by_size = kind in BY_SIZE
+    asked = wanted.asked() if by_size else None
+    entries = wanted.entries(**({"baselines": None, "schemes": None} if by_size else {}))
     figure = draw(
         entries, kind, x=x, metric=metric, against=against, width_in=width_in, asked=asked
     )
