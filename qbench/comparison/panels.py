@@ -16,10 +16,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qbench.comparison.entries import (
+    TOP_1,
     Entry,
     Key,
     Measured,
     accuracy_keys,
+    agreement_keys,
     by_size,
     common,
     deviations,
@@ -152,12 +154,23 @@ def accuracy_panels(entries: Sequence[Entry], x: str) -> list[Panel]:
 
 def perplexity_panels(entries: Sequence[Entry], x: str) -> list[Panel]:
     """One panel per checkpoint, text and protocol."""
+    return _text_panels(entries, x, perplexity_keys(entries))
+
+
+def agreement_panels(entries: Sequence[Entry], x: str, top_1: bool) -> list[Panel]:
+    """One panel per checkpoint, text and protocol: the divergence, or the top-1 agreement."""
+    keys = [key for key in agreement_keys(entries) if key[1].endswith(TOP_1) == top_1]
+    return _text_panels(entries, x, keys)
+
+
+def _text_panels(entries: Sequence[Entry], x: str, keys: Sequence[Key]) -> list[Panel]:
     panels = []
-    for key in perplexity_keys(entries):
+    for key in keys:
         usual = common(e.cells[key] for e in entries if key in e.cells)
-        limits = {f"{key[0]} {key[1]}": usual["limit"]} if usual.get("limit") else {}
+        name = f"{key[0]} {key[1].removesuffix(TOP_1)}"
+        limits = {name: usual["limit"]} if usual.get("limit") else {}
         for title, members in _by_checkpoint(entries).items():
-            panel = Panel(f"{title}\n{key[0]}, {key[1]}", limits=limits)
+            panel = Panel(f"{title}\n{key[0]}, {key[1].removesuffix(TOP_1)}", limits=limits)
             for entry in members:
                 number = entry.cells.get(key)
                 if number is not None and number.value is not None:

@@ -15,8 +15,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from qbench.comparison.entries import Entry
-from qbench.comparison.panels import Panel, Point, accuracy_panels, caption, perplexity_panels
-from qbench.errors import QBenchError
+from qbench.comparison.panels import (
+    Panel,
+    Point,
+    accuracy_panels,
+    agreement_panels,
+    caption,
+    perplexity_panels,
+)
+from qbench.errors import QBenchError, unknown
 from qbench.plots.style import (
     GREY,
     empty_figure,
@@ -27,11 +34,14 @@ from qbench.plots.style import (
     panel_height,
     trained_look,
 )
+from qbench.plots.wanted import Wanted
+from qbench.tables.table import METRICS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+AGREEMENTS = ("kl_divergence", "top1_agreement")
 _FILLS = {16: "full", 8: "left", 4: "bottom"}  # activation width -> how the marker is filled
 _OTHER_FILL = "top"
 _AXIS_LABELS = {
@@ -52,10 +62,50 @@ def draw_against_bits(
     """
     panels = accuracy_panels(entries, x) if accuracy else perplexity_panels(entries, x)
     about = caption(entries, panels, accuracy, metric)
+    what = "accuracies" if accuracy else "perplexities"
+    why = "; ".join(about) or f"no run has {what}"
+    name = f"mean {metric} (%)" if accuracy else "perplexity (log scale)"
+    return _figure(panels, about, accuracy, x, name, why, width_in)
+
+
+def draw_agreement(wanted: Wanted) -> Figure:
+    """How far rows are from full precision: KL divergence (the default), or top-1 agreement.
+
+    Raises:
+        QBenchError: for published points, another metric or nothing to draw.
+    """
+    if wanted.against is not None:
+        raise QBenchError(f"{wanted.kind} has no published points; leave --against out")
+    metric = AGREEMENTS[0] if wanted.metric == METRICS[0] else wanted.metric
+    if metric not in AGREEMENTS:
+        raise unknown("measure of agreement", metric, AGREEMENTS)
+    top_1 = metric == AGREEMENTS[1]
+    entries, x = wanted.entries(), wanted.x or "wbits"
+    panels = agreement_panels(entries, x, top_1)
+    about = caption(entries, panels, accuracy=False, metric=metric)
+    if top_1:
+        about = ["Bars: standard error over windows.", *about]
+        name = "same most likely token as FP16 (%)"
+    else:
+        name = "KL(FP16 || quantized), nats (log scale)"
+        for panel in panels:  # no logarithm: full precision diverges from itself by nothing
+            panel.points = [point for point in panel.points if not point.y <= 0]
+    why = "no run has an agreement with full precision (--tasks corpus@agreement)"
+    return _figure(panels, about, top_1, x, name, why, wanted.width_in)
+
+
+def _figure(
+    panels: Sequence[Panel],
+    about: list[str],
+    accuracy: bool,
+    x: str,
+    name: str,
+    why: str,
+    width_in: float | None,
+) -> Figure:
+    """Panels of shares on a linear axis of percent, or of what has a logarithmic one."""
     panels = [panel for panel in panels if panel.points]
     if not panels:
-        what = "accuracies" if accuracy else "perplexities"
-        why = "; ".join(about) or f"no run has {what}"
         raise QBenchError(f"nothing to draw: {why}; measure more, or choose with --task")
     with our_style():
         figure, grid, width = empty_figure(len(panels), width_in, share_y=accuracy)
@@ -64,7 +114,7 @@ def draw_against_bits(
         for axes, panel in zip(drawn, panels, strict=True):
             _draw_panel(axes, panel, styles, x, accuracy)
         for row in grid:
-            row[0].set_ylabel(f"mean {metric} (%)" if accuracy else "perplexity (log scale)")
+            row[0].set_ylabel(name)
         _align_x(drawn, panels, x)
         lines = _legend(figure, panels, styles, about, accuracy, width)
         height = panel_height(width, len(grid[0]))
