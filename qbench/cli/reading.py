@@ -276,5 +276,7 @@ def compare(
     from qbench.tables.two_runs import compare_text
 
     width = max(shutil.get_terminal_size((120, 24)).columns, 60)
-    kept = {"metric": metric, "tasks": task, "items": items, "data": data}
-    print(compare_text(results, run_a, run_b, width=width, **kept), end="")
+    text = compare_text(
+        results, run_a, run_b, metric=metric, tasks=task, items=items, data=data, width=width
+    )
+    print(text, end="")

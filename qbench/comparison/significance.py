@@ -108,7 +108,8 @@ class Tester:
         if len(parts) == len(parts[0]) == 1 and metric in SCORES:
             paired = parts[0][0]
             found = mcnemar(right(paired.a, metric), right(paired.b, metric))
-            size, difference, p, test = found.n, found.difference, found.p, MCNEMAR
+            size, difference, test = found.n, found.difference, MCNEMAR
+            p: float | None = found.p
         else:
             names = [part.metric for part in number.measured.parts] or [metric]
             shares = [s for p, name in zip(parts, names, strict=True) for s in _over_seeds(p, name)]

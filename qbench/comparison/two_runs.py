@@ -237,7 +237,7 @@ def _tested(change: Change, paired: Paired, seed: int) -> Change:
     if column is None or column not in paired.a or "corpus" in paired.a:
         return replace(change, reason=f"there is no paired test for {name or 'it'}", notes=notes)
     a, b = (items[column].to_numpy(dtype=float) for items in (paired.a, paired.b))
-    spread = paired_bootstrap(a, b, paired.a["n_tokens"], seed=seed)
+    spread = paired_bootstrap(a, b, paired.a["n_tokens"].to_numpy(dtype=float), seed=seed)
     p = sign_flips(b - a, seed) if not spread.reason else None
     if spread.reason == NOT_FINITE or p is None:
         return replace(change, n=spread.n, reason=spread.reason or NOT_FINITE, notes=notes)
