@@ -14,16 +14,19 @@ from study_fixtures import add, cells, quantization, task
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qbench import quantize_model
+from qbench.comparison.panels import agreement_panels
 from qbench.errors import QBenchError
 from qbench.evaluation import agreement, forward
 from qbench.evaluation.agreement import aligned, divergence
 from qbench.evaluation.evaluate import evaluate, prepare_task
 from qbench.evaluation.tasks import EvaluationOptions, TaskSpec
 from qbench.models.checkpoints import find_checkpoint
+from qbench.plots.against_bits import draw_agreement
+from qbench.plots.wanted import Wanted
 from qbench.study.cells import Settings
 from qbench.study.runner import Workbench
 from qbench.study.store import Store
-from qbench.tables.table import table
+from qbench.tables.table import stored_entries, table
 from qbench.testing import tiny_model, tiny_tokenizer
 
 DATA = Path(__file__).parent / "data"
@@ -361,7 +364,9 @@ def test_a_trained_model_has_nothing_to_agree_with(tmp_path):
     assert line.startswith("world@agreement-32: not applicable: ")
 
 
-def test_tables_show_both_numbers_and_the_best_of_each(tmp_path):
+@pytest.fixture
+def stored(tmp_path):
+    """Full precision, two methods with agreements, and a trained model without."""
     store = Store(tmp_path)
     made = {"none": (0.0, 1.0), "rtn": (0.02, 0.9), "gptq": (0.01, 0.85)}
     for baseline, (kl, top) in made.items():
@@ -372,7 +377,11 @@ def test_tables_show_both_numbers_and_the_best_of_each(tmp_path):
         store.save_task(record.checkpoint, record.key, measured)
     trained = quantization("BitNet", scheme="W1A8:grid=sign,agrid=bitnet", trained=True)
     add(store, trained, perplexity={"wikitext2@gptq-2048": 17.0})
-    rows = cells(table(store))
+    return store
+
+
+def test_tables_show_both_numbers_and_the_best_of_each(stored):
+    rows = cells(table(stored))
     kl, top = (f"{name} wikitext2 agreement-2048" for name in ("KL", "top-1"))
     assert [(row[kl], row[top]) for row in rows] == [
         ("0", "100.0"),
@@ -380,3 +389,47 @@ def test_tables_show_both_numbers_and_the_best_of_each(tmp_path):
         ("0.0200", "**90.0**"),
         ("n/a", "n/a"),
     ]
+
+
+def test_a_figure_of_the_divergence_leaves_full_precision_out_which_has_no_logarithm(stored):
+    rows = stored_entries(stored)
+    (panel,) = agreement_panels(rows, "wbits", top_1=False)
+    assert panel.title.endswith("wikitext2, agreement-2048")
+    assert {point.series: point.y for point in panel.points} == {
+        "full precision": 0.0,
+        "rtn": 0.02,
+        "gptq": 0.01,
+    }
+    figure = draw_agreement(Wanted(stored, "agreement-vs-bits"))
+    (axes,) = figure.axes
+    assert axes.get_yscale() == "log"
+    drawn = {line.get_ydata()[0] for line in axes.lines if len(line.get_ydata()) == 1}
+    assert drawn == {0.02, 0.01}
+
+
+def test_a_figure_of_the_top_1_agreement_is_in_percent(stored):
+    figure = draw_agreement(Wanted(stored, "agreement-vs-bits", "top1_agreement"))
+    (axes,) = figure.axes
+    drawn = {line.get_ydata()[0] for line in axes.lines if len(line.get_ydata()) == 1}
+    assert drawn == {100.0, 90.0, 85.0}
+    assert axes.get_yscale() == "linear"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"metric": "kl"}, "kl_divergence"),
+        ({"against": "bitnet-table3"}, "no published points"),
+        ({"tasks": ["wikitext2"], "baselines": ["trained"]}, "trained"),
+    ],
+)
+def test_figures_that_cannot_be_are_refused(stored, fields, message):
+    with pytest.raises(QBenchError, match=message):
+        draw_agreement(Wanted(stored, "agreement-vs-bits", **fields))
+
+
+def test_a_figure_of_no_agreement_says_how_one_is_measured(tmp_path):
+    store = Store(tmp_path)
+    add(store, quantization(), perplexity={"wikitext2@gptq-2048": 5.0})
+    with pytest.raises(QBenchError, match="corpus@agreement"):
+        draw_agreement(Wanted(store, "agreement-vs-bits"))
