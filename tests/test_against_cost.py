@@ -130,17 +130,17 @@ def test_points_stand_at_the_bytes_of_the_whole_model_and_the_front_joins_the_be
 def test_a_weight_only_row_costs_the_energy_of_full_precision(store):
     panels = cost_panels(stored_entries(store), "energy", accuracy=True)
     energy = {p.name: p.x for p in panels[0].points}
-    assert energy["large W4A16"] == energy["large W16A16"] > energy["small W16A16"]
-    assert energy["small W8A8"] < energy["small W16A16"]
+    assert energy["1.1K rtn W4A16"] == energy["1.1K full precision"] > energy["356 full precision"]
+    assert energy["356 rtn W8A8"] < energy["356 full precision"]
     wide = cost_panels(stored_entries(store), "energy_int32", accuracy=True)[0].points
-    assert {p.name: p.x for p in wide}["small W8A8"] > energy["small W8A8"]
+    assert {p.name: p.x for p in wide}["356 rtn W8A8"] > energy["356 rtn W8A8"]
 
 
 def test_effective_bits_are_those_of_the_whole_model(store):
     (panel,) = cost_panels(stored_entries(store), "effective_bits", accuracy=True)
     bits = {p.name: p.x for p in panel.points}
-    assert bits["large W4A16"] == pytest.approx((4 * 1024 + 1600) / 1124)
-    assert bits["large W16A16"] == 16
+    assert bits["1.1K rtn W4A16"] == pytest.approx((4 * 1024 + 1600) / 1124)
+    assert bits["1.1K full precision"] == 16
 
 
 def test_a_perplexity_that_diverged_is_told_and_not_drawn(store):
@@ -151,6 +151,21 @@ def test_a_perplexity_that_diverged_is_told_and_not_drawn(store):
     assert [y for _, y in steps(axes)] == [21, 11, 10]
 
 
+def test_perplexities_far_above_the_rest_are_told_and_leave_the_axis_to_the_others(store):
+    add(store, model("large", "rtn", "W3A16", 16), None, {"text@documents-512": 101.0})
+    figure = draw(store, "perplexity-vs-cost", metric="perplexity")
+    assert "not shown, over 10 times the lowest: large rtn W3A16" in about(figure)
+    assert figure.axes[0].get_ylim()[1] < 40
+
+
+def test_points_of_one_model_are_named_without_it_and_those_of_equal_sizes_by_name(store):
+    (one,) = cost_panels(stored_entries(store, checkpoints=["large"]), "size", accuracy=True)
+    assert {p.name for p in one.points} == {"full precision", "rtn W4A16", "rtn W2A16"}
+    add(store, model("twin", "none", "W16A16", 16), dict.fromkeys(TASKS, 0.7))
+    (several,) = cost_panels(stored_entries(store), "size", accuracy=True)
+    assert {"twin full precision", "large rtn W4A16"} <= {p.name for p in several.points}
+
+
 def test_names_of_the_front_cover_neither_points_nor_each_other(store):
     figure = draw(store)
     (axes,) = figure.axes
@@ -158,7 +173,11 @@ def test_names_of_the_front_cover_neither_points_nor_each_other(store):
 
     renderer = FigureCanvasAgg(figure).get_renderer()
     texts = [text for text in axes.texts if text.get_text()]
-    assert {text.get_text() for text in texts} <= {"small W8A8", "large W4A16", "large W16A16"}
+    assert {text.get_text() for text in texts} <= {
+        "356 rtn W8A8",
+        "1.1K rtn W4A16",
+        "1.1K full precision",
+    }
     assert len(texts) >= 2
     boxes = [text.get_window_extent(renderer) for text in texts]
     assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))

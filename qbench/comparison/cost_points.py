@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from qbench.comparison.entries import Entry, Measured, common, deviations, perplexity_keys
+from qbench.comparison.headings import size_text
 from qbench.comparison.panels import Panel, Point, Tasks, averages, point_of, run_name
 from qbench.errors import unknown
 
@@ -23,6 +24,8 @@ X_COSTS = {
     "effective_bits": "model_bits",
 }
 """What can stand on the axis -> the column of the long table it is."""
+_WORST = 10
+"""Perplexities over so many times the lowest would leave no room to tell the others apart."""
 
 
 def cost_panels(entries: Sequence[Entry], x: str, accuracy: bool) -> list[Panel]:
@@ -38,20 +41,25 @@ def cost_panels(entries: Sequence[Entry], x: str, accuracy: bool) -> list[Panel]
     """
     if x not in X_COSTS:
         raise unknown("x axis", x, X_COSTS)
+    names = _labels(entries)
     if accuracy:
         tasks, panel = Tasks.of(entries), Panel("")
         for entry, mean, different in averages(panel, entries, tasks, _name):
-            _add(panel, entry, mean, x, different)
+            _add(panel, entry, mean, x, different, names)
         return [panel]
     panels = []
     for key in perplexity_keys(entries):
         usual = common(e.cells[key] for e in entries if key in e.cells)
         limits = {f"{key[0]} {key[1]}": usual["limit"]} if usual.get("limit") else {}
         panel = Panel(f"{key[0]}, {key[1]}", limits=limits)
-        for entry in entries:
-            number = entry.cells.get(key)
-            if number is not None and number.value is not None:
-                _add(panel, entry, number, x, {deviations(number, usual)} - {""})
+        numbers = [(e, e.cells[key]) for e in entries if key in e.cells]
+        finite = [n.value for _, n in numbers if n.value is not None and math.isfinite(n.value)]
+        highest = _WORST * min(finite, default=math.inf)
+        for entry, number in numbers:
+            if number.value is not None and highest < number.value < math.inf:
+                panel.remarks[f"not shown, over {_WORST} times the lowest"].append(_name(entry))
+            elif number.value is not None:
+                _add(panel, entry, number, x, {deviations(number, usual)} - {""}, names)
         panels.append(panel)
     return panels
 
@@ -72,7 +80,14 @@ def front(points: Sequence[Point], lower: bool) -> list[Point]:
     return found
 
 
-def _add(panel: Panel, entry: Entry, number: Measured, x: str, different: set[str]) -> None:
+def _add(
+    panel: Panel,
+    entry: Entry,
+    number: Measured,
+    x: str,
+    different: set[str],
+    names: dict[int, str],
+) -> None:
     place = entry.facts.get(X_COSTS[x])
     if place is None:
         panel.remarks[f"not shown, as what its record says gives no {x}"].append(_name(entry))
@@ -84,13 +99,23 @@ def _add(panel: Panel, entry: Entry, number: Measured, x: str, different: set[st
         how = f"pale, measured differently ({', '.join(sorted(different))})"
         panel.remarks[how].append(_name(entry))
     point = point_of(entry, number, float(place), different)
-    panel.points.append(replace(point, name=_label(entry)))
+    panel.points.append(replace(point, name=names[id(entry)]))
 
 
-def _label(entry: Entry) -> str:
-    if entry.trained:
-        return str(entry.facts["checkpoint"])
-    return f"{entry.facts['checkpoint']} {entry.facts['label']}"
+def _labels(entries: Sequence[Entry]) -> dict[int, str]:
+    """Short names of points: method and widths, behind the size where there are several models."""
+    homes = {str(e.facts["checkpoint"]): e.facts["parameters"] for e in entries if not e.trained}
+    sizes = {name: size_text(parameters) for name, parameters in homes.items()}
+    if len(homes) == 1:
+        sizes = dict.fromkeys(sizes, "")
+    elif len(set(sizes.values())) < len(sizes):
+        sizes = {name: name for name in sizes}
+    found = {}
+    for entry in entries:
+        name, label = str(entry.facts["checkpoint"]), str(entry.facts["label"])
+        what = "full precision" if entry.full_precision else f"{entry.facts['baseline']} {label}"
+        found[id(entry)] = name if entry.trained else f"{sizes[name]} {what}".strip()
+    return found
 
 
 def _name(entry: Entry) -> str:

@@ -22,6 +22,7 @@ from qbench.errors import QBenchError, unknown
 from qbench.plots.style import (
     FULL,
     GREY,
+    NARROW_IN,
     empty_figure,
     legend_below,
     mark,
@@ -86,7 +87,7 @@ def draw_against_cost(wanted: Wanted) -> Figure:
         figure, grid, width = empty_figure(len(panels), wanted.width_in, share_y=False)
         drawn = [axes for row in grid for axes in row]
         for axes, panel in zip(drawn, panels, strict=True):
-            _draw_panel(axes, panel, looks, sizes, accuracy)
+            _draw_panel(axes, panel, looks, sizes, accuracy, 0.75 if width < NARROW_IN else 1.0)
             _label_x(axes, panel, x)
         for row in grid:
             row[0].set_ylabel(f"mean {wanted.metric} (%)" if accuracy else "perplexity (log scale)")
@@ -105,6 +106,7 @@ def _draw_panel(
     looks: dict[str, dict[str, Any]],
     sizes: dict[str, int],
     accuracy: bool,
+    shrink: float,
 ) -> None:
     scale = 100 if accuracy else 1
     axes.margins(x=0.12, y=0.14)
@@ -123,8 +125,13 @@ def _draw_panel(
             across, up, drawstyle="steps-post", color=GREY, linewidth=1.1, zorder=2, label="_front"
         )
     for point in panel.points:
+        look = _look(point, looks, sizes)
+        look["markersize"] *= shrink
+        if point.band is not None:
+            low, high = (scale * end for end in point.band)
+            axes.vlines(point.x, low, high, look["color"], linewidth=6, alpha=0.25, zorder=1.5)
         error = scale * point.stderr if accuracy and point.stderr is not None else None
-        mark(axes, point.x, scale * point.y, error, _look(point, looks, sizes))
+        mark(axes, point.x, scale * point.y, error, look)
     axes.set_title(panel.title, fontsize=9)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.6, zorder=0)
 

@@ -12,7 +12,7 @@ from qbench.comparison.entries import Entry
 from qbench.comparison.footprint import size_text
 from qbench.comparison.run_costs import TOKENS
 from qbench.tables.columns import method_column, scheme_column, text_column
-from qbench.tables.sheet import MISSING, Column, Sheet
+from qbench.tables.sheet import MISSING, Column
 
 TITLE = "Costs beside accuracy"
 _LATENCY = "Latency: not measured; decoding with real low-bit kernels is not part of this yet."
@@ -24,24 +24,19 @@ _BITS = (
 _ENERGY = (
     f"Energy: arithmetic only, of {TOKENS} tokens at 7 nm as BitNet (arXiv 2310.11453) counts it, "
     "without memory access, embeddings and output head; additions of integer products in INT8, as "
-    "in the paper, and in INT32, as kernels accumulate. Weight-only schemes compute in FP16."
+    "in the paper, and in INT32, as kernels accumulate. Weight-only schemes compute in FP16; what "
+    "a method does to its inputs at run time is left out."
 )
 _CACHE = f"KV cache: keys and values of one sequence of {TOKENS} tokens."
-_OLD = "no energy and no cache: recorded without the model's dimensions; `qbench costs` takes {}"
+_OLD = (
+    "No energy and no cache: recorded without the model's dimensions; `qbench costs` takes the "
+    "checkpoint ({})."
+)
 
 
-def costs_sheet(
-    rows: Sequence[Entry], rules: frozenset[int], scores: Sequence[Column], metric: str
-) -> Sheet:
-    """The table of some rows.
-
-    Args:
-        rows: in order.
-        rules: rows with a line above them.
-        scores: columns of perplexities and of the mean accuracy.
-        metric: the accuracy.
-    """
-    columns = [
+def cost_columns(rows: Sequence[Entry]) -> list[Column]:
+    """What names the rows, and what each of them costs."""
+    return [
         text_column("Checkpoint", rows, lambda entry: str(entry.facts["checkpoint"])),
         text_column("W/A", rows, lambda entry: str(entry.facts["label"])),
         method_column("Method", rows),
@@ -53,17 +48,13 @@ def costs_sheet(
         _fact(("Energy", "INT32 acc."), rows, "energy_int32", joules_text),
         _fact(("KV cache", f"{TOKENS} tokens"), rows, "kv_cache_bytes", size_text),
         text_column("Latency", rows, lambda _: MISSING, numeric=True),
-        *scores,
     ]
-    remarks = [_BITS, _ENERGY, _CACHE, _LATENCY]
-    if any(key[1] for row in rows for key in row.cells):
-        remarks.append("PPL: perplexity, lower is better; text and protocol stand in the heading.")
-    if any(column.heading[0] == "Avg" for column in scores):
-        remarks.append(f"Avg: mean {metric} of the tasks in percent, higher is better.")
+
+
+def cost_remarks(rows: Sequence[Entry]) -> list[str]:
+    """What the columns count, and which rows lack some."""
     old = sorted({str(row.facts["checkpoint"]) for row in rows if _is_old(row)})
-    remarks += [_sentence(_OLD.format(", ".join(old)))] if old else []
-    facts = [row.facts | {"method": row.method, "source": row.source} for row in rows]
-    return Sheet(TITLE, columns, facts, rules, remarks)
+    return [_BITS, _ENERGY, _CACHE, _LATENCY, *([_OLD.format(", ".join(old))] if old else [])]
 
 
 def joules_text(joules: float) -> str:
@@ -93,7 +84,3 @@ def _is_old(entry: Entry) -> bool:
     facts = entry.facts
     measured = entry.source == "measured" and facts.get("status") == "ok"
     return measured and facts.get("energy") is None
-
-
-def _sentence(text: str) -> str:
-    return text[0].upper() + text[1:] + "."

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from qbench.comparison.entries import Entry, accuracy_keys
 from qbench.errors import unknown
@@ -22,7 +23,7 @@ from qbench.tables.arrangement import (
     sheet_of,
 )
 from qbench.tables.columns import method_column, scheme_column, score_column, text_column
-from qbench.tables.costs_table import costs_sheet
+from qbench.tables.costs_table import TITLE, cost_columns, cost_remarks
 from qbench.tables.paper_layouts import b158_table1, b158_table2, bitnet_table3, bitnet_table4
 from qbench.tables.sheet import MISSING, Sheet
 from qbench.tables.size_table import size_sheet
@@ -69,7 +70,8 @@ def _costs(entries: list[Entry], options: Options) -> Sheet:
     parts = [score_column((key[0],), rows, key, options.metric) for key in keys]
     scores = perplexities(rows, options)
     scores += average(rows, parts, options, len(parts), stderr=True) if parts else []
-    return costs_sheet(rows, frozenset(rules), scores, options.metric)
+    sheet = sheet_of(TITLE, [*cost_columns(rows), *scores], rows, rules, options)
+    return replace(sheet, remarks=[*cost_remarks(rows), *sheet.remarks])
 
 
 LAYOUTS: dict[str, Callable[[list[Entry], Options], Sheet]] = {
