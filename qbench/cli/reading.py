@@ -16,6 +16,21 @@ Layout = Annotated[
         help="comparison, costs, sizes, bitnet-table3, bitnet-table4, b158-table1, b158-table2"
     ),
 ]
+Kind = Annotated[
+    str | None,
+    typer.Option(
+        help="accuracy-vs-bits, perplexity-vs-bits, agreement-vs-bits, accuracy-vs-size, "
+        "loss-vs-size, heatmap, layer-errors, bitnet-fig1, bitnet-fig3, bitnet-fig6, b158-fig2, "
+        "b158-fig3, accuracy-vs-cost, perplexity-vs-cost"
+    ),
+]
+PlotMetric = Annotated[
+    str,
+    typer.Option(
+        help="acc, acc_norm, acc_token, perplexity or bits_per_byte; of layer-errors, "
+        "relative_error or proxy_loss; of agreement-vs-bits, kl_divergence or top1_agreement"
+    ),
+]
 Flips = Annotated[
     bool, typer.Option("--flips", help="Share of answers that differ from full precision's.")
 ]
@@ -111,21 +126,8 @@ def _give(text: str, output: Path | None) -> None:
 @app.command()
 def plot(
     output: Annotated[Path, typer.Option("--output", "-o", help=".png, .svg or .pdf")],
-    kind: Annotated[
-        str | None,
-        typer.Option(
-            help="accuracy-vs-bits, perplexity-vs-bits, accuracy-vs-size, loss-vs-size, heatmap, "
-            "layer-errors, bitnet-fig1, bitnet-fig3, bitnet-fig6, b158-fig2, b158-fig3, "
-            "accuracy-vs-cost, perplexity-vs-cost"
-        ),
-    ] = None,
-    metric: Annotated[
-        str,
-        typer.Option(
-            help="acc, acc_norm, acc_token, perplexity or bits_per_byte; of layer-errors, "
-            "relative_error or proxy_loss"
-        ),
-    ] = "acc",
+    kind: Kind = None,
+    metric: PlotMetric = "acc",
     x: Annotated[
         str,
         typer.Option(
