@@ -69,8 +69,7 @@ def _published() -> Iterator[str]:
     found = {}
     for path in (files("qbench_results") / "reference").iterdir():
         if path.name.endswith(".csv"):
-            with path.open(encoding="utf-8", newline="") as file:
-                lines = list(csv.DictReader(file))
+            lines = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
             tables = list(dict.fromkeys(line["table"] for line in lines))
             where = ", ".join(tables) if len(tables) < 4 else f"{tables[0]} and others"
             errors = sum(line["printed_error"] != "" for line in lines)

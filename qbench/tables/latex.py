@@ -101,7 +101,7 @@ def _escaped(char: str) -> str:
         return _SPECIAL[char]
     if char.isascii():
         return char
-    base, *accents = unicodedata.normalize("NFD", char)
+    base, *accents = list(unicodedata.normalize("NFD", char))
     if not accents and unicodedata.normalize("NFKD", char).isascii():
         return "".join(map(_escaped, unicodedata.normalize("NFKD", char)))
     if len(accents) == 1 and accents[0] in _ACCENTS and base.isascii():

@@ -69,11 +69,11 @@ def bitnet_table4(entries: list[Entry], options: Options) -> Sheet:
     """The ablation: perplexity, four tasks without examples, the same four with four."""
     keys = tasks_of(_ABLATION_TASKS, entries)
     chosen = [key or (heading, "") for heading, key in keys.items()]
-    few = {e.facts["published_row"]: e.cells for e in published_rows(options, chosen, 4)}
-    few |= options.few_shot
+    printed = {e.facts["published_row"]: e.cells for e in published_rows(options, chosen, 4)}
+    few = {**options.few_shot, **printed}
     rows, rules = ordered(entries + published_rows(options, chosen))
     shown = [
-        replace(row, cells=few.get(row.facts.get("run") or row.facts.get("published_row"), {}))
+        replace(row, cells=dict(few.get(row.facts.get("run") or row.facts["published_row"], {})))
         for row in rows
     ]
     columns = [
