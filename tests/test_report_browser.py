@@ -289,7 +289,7 @@ def test_without_javascript_the_table_and_the_findings_can_be_read(browser, html
     opened = Opened(browser, html, java_script_enabled=False)
     assert opened.page.locator("#table-rows tbody tr").count() == 7
     assert opened.page.locator("#table-rows").is_visible()
-    assert "Full precision answers 80.0 %" in opened.page.inner_text(".findings")
+    assert "Full precision answers 80.0\N{NO-BREAK SPACE}%" in opened.page.inner_text(".findings")
     assert "need JavaScript" in opened.page.inner_text("#table")
     assert opened.page.locator("#filters").is_hidden()
     opened.context.close()

@@ -119,7 +119,30 @@ def _figure(
                 },
             }
         )
+        data += _bands(points, places, accuracy, colour)
     return {"data": data, "layout": _layout(panel, x, accuracy, top)}
+
+
+def _bands(
+    points: Sequence[Point], places: Mapping[int, float], accuracy: bool, colour: str
+) -> list[dict[str, Any]]:
+    """From the lowest to the highest number of the seeds, behind the marker of their mean."""
+    scale = 100 if accuracy else 1
+    drawn = [(places[id(point)], point.band) for point in points if point.band]
+    if not drawn:
+        return []
+    return [
+        {
+            "type": "scatter",
+            "mode": "lines",
+            "x": [x for place, _ in drawn for x in (place, place, None)],
+            "y": [y for _, (low, high) in drawn for y in (scale * low, scale * high, None)],
+            "line": {"color": colour, "width": 9},
+            "opacity": 0.35,
+            "hoverinfo": "skip",
+            "showlegend": False,
+        }
+    ]
 
 
 def _best_line(panel: Panel, places: Mapping[int, float], accuracy: bool) -> dict[str, Any]:

@@ -123,9 +123,9 @@ class _Story:
             for other in [*([self.full] if self.full else []), *others[:1]]:
                 self.tests.ask(other, best)
         for point in self.trained:
-            for other in (self.full, self.rival(point)):
-                if other is not None:
-                    self.tests.ask(other, point)
+            for rival in (self.full, self.rival(point)):
+                if rival is not None:
+                    self.tests.ask(rival, point)
 
     def rival(self, trained: Point) -> Point | None:
         """The best post-training row of the nearest width that is not narrower."""
@@ -234,10 +234,11 @@ def _perplexities(panel: Panel, what: str, anchors: Mapping[str, str]) -> Senten
 
 
 def _percent(share: float, digits: int = 1) -> str:
-    return f"{100 * share:.{digits}f} %"
+    return f"{100 * share:.{digits}f}\N{NO-BREAK SPACE}%"
 
 
 def _p_text(p: float | None) -> str:
     if p is None:
         return ""
-    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
+    text = "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
+    return text.replace(" ", "\N{NO-BREAK SPACE}")

@@ -139,13 +139,12 @@ def _calibrations(runs: Sequence[Run]) -> list[str]:
 
 
 def _environments(runs: Sequence[Run]) -> list[str]:
+    known = [run.quantization.environment for run in runs]
+    known += [task.environment for run in runs for task in run.tasks]
     found = Counter(
-        ", ".join(f"{name} {record.environment[name]}" for name in names)
-        for run in runs
-        for record in (run.quantization, *run.tasks)
-        if (names := [name for name in ENVIRONMENT if name in record.environment])
+        ", ".join(f"{name} {own[name]}" for name in ENVIRONMENT if name in own) for own in known
     )
-    return [text for text, _ in found.most_common(4)]
+    return [text for text, _ in found.most_common(4) if text]
 
 
 def _dates(runs: Sequence[Run]) -> list[str]:

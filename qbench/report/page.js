@@ -124,18 +124,24 @@ async function draw(place, figure, onPoint) {
   const Plotly = await plotly();
   const narrow = place.clientWidth < 520;
   const axis = { zeroline: false, fixedrange: narrow };
+  // the legend's room is worked out here: left to itself, plotly moves axis titles under it
+  const named = figure.data.filter((trace) => trace.showlegend !== false);
+  const longest = Math.max(...named.map((trace) => trace.name.length));
+  const columns = Math.max(1, Math.floor((place.clientWidth - 76) / (7.5 * longest + 56)));
+  const legend = 21 * Math.ceil(named.length / columns) + 10;
+  const area = narrow ? 300 : 350;
   const layout = {
     ...figure.layout,
-    autosize: true,
+    height: 12 + area + 52 + legend,
     paper_bgcolor: "transparent",
     plot_bgcolor: "transparent",
     font: { family: "system-ui, sans-serif", size: 13 },
-    margin: { l: 56, r: 12, t: 12, b: 52 },
-    legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom", x: 0 },
+    margin: { l: 64, r: 12, t: 12, b: 52 + legend, autoexpand: false },
+    legend: { orientation: "h", y: -50 / area, yanchor: "top", x: 0, entrywidth: 7.5 * longest },
     hoverlabel: { bgcolor: "#222", bordercolor: "#222", font: { color: "#fff" } },
     dragmode: narrow ? false : "zoom",
     xaxis: { ...axis, ...figure.layout.xaxis },
-    yaxis: { ...axis, automargin: true, ...figure.layout.yaxis },
+    yaxis: { ...axis, ...figure.layout.yaxis },
   };
   const settings = { responsive: true, displaylogo: false, displayModeBar: narrow ? false : "hover" };
   settings.modeBarButtonsToRemove = ["select2d", "lasso2d", "autoScale2d"];

@@ -34,6 +34,10 @@ from qbench.tables.marks import with_significance
 from qbench.tables.table import stored_entries
 
 
+MOST_TESTED = 3000
+"""Numbers of a table up to which their differences are tested."""
+
+
 @dataclass(frozen=True)
 class Choices:
     """What goes into a page."""
@@ -94,7 +98,7 @@ def html_of(store: Store, choices: Choices = Choices()) -> str:  # noqa: B008
     again, unread_again = reproductions(store.root)
     content = {
         "title": title,
-        "lead": _lead(measured),
+        "lead": _lead(measured, len(single)),
         "findings": list(told.of.items()),
         "tested": told.tested,
         "figures": figures(measured, choices.metric, anchor_of),
@@ -152,7 +156,16 @@ def _table(
     snapshot: Snapshot, entries: Sequence[Entry], choices: Choices, anchor_of: dict[str, str]
 ) -> dict[str, Any]:
     sheet = lay_out("comparison", entries, Options(choices.metric))
-    return shown(with_significance(sheet, snapshot, choices.significance), anchor_of, "table")
+    numbers = sum(cell.measured is not None for row in sheet.rows() for cell in row)
+    if numbers <= MOST_TESTED:
+        tested = with_significance(sheet, snapshot, choices.significance)
+        return shown(tested, anchor_of, "table")
+    table = shown(with_significance(sheet, snapshot, "off"), anchor_of, "table")
+    table["remarks"].append(
+        f"Not tested for significance: {numbers:,} numbers in one table are more than "
+        f"{MOST_TESTED:,}, and every further test makes all of them weaker; filter the page."
+    )
+    return table
 
 
 def _published(
@@ -167,19 +180,21 @@ def _published(
 
 
 def _title(entries: Sequence[Entry]) -> str:
-    names = list(dict.fromkeys(str(entry.facts["checkpoint"]) for entry in entries))
+    """The checkpoints that were quantized first, the largest before the others."""
+    ordered = sorted(entries, key=lambda e: (e.trained, -(e.facts["parameters"] or 0)))
+    names = list(dict.fromkeys(str(entry.facts["checkpoint"]) for entry in ordered))
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"Quantization of {', '.join(names[:3])}{more}"
 
 
-def _lead(entries: Sequence[Entry]) -> str:
+def _lead(entries: Sequence[Entry], runs: int) -> str:
     def count(n: int, what: str) -> str:
         return f"{n:,} {what}{'' if n == 1 else 's'}"
 
     methods = {entry.facts["baseline"] for entry in entries if entry.ptq}
     tasks = {key for entry in entries for key in entry.cells}
     checkpoints = {entry.facts["checkpoint"] for entry in entries}
-    parts = [count(len(entries), "run"), count(len(checkpoints), "checkpoint")]
+    parts = [count(runs, "run"), count(len(checkpoints), "checkpoint")]
     parts += [count(len(methods), "method")] if methods else []
     return " · ".join([*parts, count(len(tasks), "task")])
 

@@ -16,7 +16,8 @@ from qbench.reproduction.printing import sheet
 
 def reproductions(results: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """The tables of every stored reproduction, and what could not be read of them."""
-    found, broken = [], []
+    found: list[dict[str, Any]] = []
+    broken: list[str] = []
     for path in sorted((results / FOLDER).glob("*.json")):
         try:
             outcome = read(path)
