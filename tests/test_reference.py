@@ -106,3 +106,32 @@ def test_a_published_loss_is_a_perplexity_and_says_whether_the_papers_curve_has_
         *(13_000_000_000, 30_000_000_000),
     ]
     assert all(entry.facts["fitted"] for entry in reference.entries("bitnet-table3", []))
+
+
+def test_a_part_of_a_published_table_is_named_by_its_model() -> None:
+    rows = reference.entries("gptq-opt:opt-125m", [])
+    assert len(rows) == 5 and {row.facts["parameters"] for row in rows} == {125_000_000}
+    assert len(reference.entries("gptq-opt:OPT-1*B", [])) == 5 + 5 + 11  # 1.3B, 13B, 175B
+    with pytest.raises(QBenchError, match="unknown model of gptq-opt 'OPT-2B'; did you mean"):
+        reference.entries("gptq-opt:OPT-2B", [])
+
+
+def test_published_costs_are_facts_of_their_row() -> None:
+    rows = reference.entries("b158-table1", [])
+    assert rows[1].facts["costs"] == {
+        **{"memory": 0.80, "memory_ratio": 2.60, "latency": 0.96, "speedup": 1.23},
+    }
+    assert rows[1].cells["b158", "b158-2048"].value == 12.87
+    assert reference.entries("bitnet-table1", []) == []  # energies of four kinds, no single cost
+
+
+def test_few_shot_accuracies_are_asked_for_by_their_number() -> None:
+    zero, four = (reference.entries("bitnet-table4", [], n)[0] for n in (0, 4))
+    assert zero.cells["hellaswag", ""].value == pytest.approx(0.332)
+    assert four.cells["hellaswag", ""].value == pytest.approx(0.335)
+
+
+def test_a_misprint_is_a_note_of_its_number() -> None:
+    (row,) = [e for e in reference.entries("gptq-opt:OPT-1.3B", []) if e.method == "GPTQ"][:1]
+    assert row.cells["arc_easy", ""].notes[0].startswith("printed error: 9 points above")
+    assert row.cells["piqa", ""].notes == ()

@@ -58,7 +58,9 @@ def table(
         str, typer.Option(help="acc, acc_norm or acc_token; in sizes bits_per_byte too")
     ] = "acc",
     format: Annotated[str, typer.Option(help="terminal, md, latex, csv or html")] = "terminal",
-    against: Annotated[str | None, typer.Option(help="A published table.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="A published table, or its rows of one model: NAME:MODEL.")
+    ] = None,
     published: Annotated[
         str | None, typer.Option(help="Print this published table alone; see list published.")
     ] = None,

@@ -8,6 +8,7 @@ they show what to expect, not what to reach.
 
 from __future__ import annotations
 
+import fnmatch
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
@@ -72,12 +73,24 @@ def entries(name: str, keys: list[Key], num_fewshot: int = 0) -> list[Entry]:
     What running the model costs stands under ``facts["costs"]`` as metric -> value.
 
     Args:
-        name: which table.
+        name: which table, or a part of one: ``gptq-opt:OPT-125M`` keeps the rows of this model;
+            after the colon stands a shell-style pattern.
         keys: the accuracy columns of the measured table.
         num_fewshot: accuracies with another number of examples are left out.
+
+    Raises:
+        QBenchError: for a table or a model that is not there.
     """
     found = []
-    for _, rows in load(name).groupby("row", sort=True):
+    name, _, pattern = name.partition(":")
+    table = load(name)
+    if pattern:
+        models = list(dict.fromkeys(table["model"]))
+        kept = [model for model in models if fnmatch.fnmatch(model.lower(), pattern.lower())]
+        if not kept:
+            raise unknown(f"model of {name}", pattern, models)
+        table = table[table["model"].isin(kept)]
+    for _, rows in table.groupby("row", sort=True):
         lines = [{str(k): v for k, v in line.items()} for line in rows.to_dict("records")]
         cells: dict[Key, Measured] = {}
         costs: dict[str, float] = {}
