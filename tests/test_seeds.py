@@ -483,3 +483,25 @@ def test_the_largest_overlap_of_all_seeds_with_the_tested_text_is_told_once(tmp_
     text = table(store)
     assert text.count("stands in the calibration text") == 1
     assert "31% of the text of wikitext2" in text.replace("\\%", "%")
+
+
+def test_every_text_of_a_list_is_calibrated_on_and_makes_a_row_of_its_own(plan, text, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("".join(reversed(text.read_text().splitlines(keepends=True))))
+    texts = [{"source": str(path), "nsamples": 2, "seqlen": 16} for path in (text, other)]
+    qbench("sweep", plan(baselines=["none", "rtn", "gptq"], calibration=texts))
+    found = [
+        (key["baseline"]["name"], key["calibration"]["source"], key["calibration"]["seed"])
+        for record in records(tmp_path / "runs").values()
+        if (key := record["key"]).get("calibration")
+    ]
+    assert sorted(found) == [
+        ("gptq", name, seed) for name in ("other.txt", "text.txt") for seed in (0, 1)
+    ]
+    rows = cells(table(Store(tmp_path / "runs")))
+    assert [row["Method"] for row in rows] == [
+        "full precision",
+        "gptq calibration.source=other.txt (2 seeds)",
+        "gptq calibration.source=text.txt (2 seeds)",
+        "rtn",
+    ]
