@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from study_fixtures import add, cells, quantization
+from study_fixtures import add, cells, numbers, quantization
 from typer.testing import CliRunner
 
 from qbench.cli import app
@@ -113,6 +113,12 @@ def test_a_run_that_failed_has_no_costs():
 @pytest.mark.parametrize("format", ["md", "latex", "html", "terminal", "csv"])
 def test_the_layout_prints_in_every_format(store, format):
     assert "tiny" in table(store, "costs", format=format)
+
+
+def test_the_csv_has_every_cost_of_its_row_in_full(store):
+    (row, *_) = [r for r in numbers(table(store, "costs", format="csv")) if r["label"] == "W4A8KV4"]
+    expected = cost_columns(record("W4A8KV4", "rtn"))
+    assert {name: float(row[name]) for name in COST_COLUMNS} == expected
 
 
 @pytest.mark.parametrize(

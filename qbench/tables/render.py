@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from qbench.comparison.run_costs import COST_COLUMNS
 from qbench.comparison.seeds import spread
 from qbench.tables.latex import latex as latex
 from qbench.tables.sheet import Cell, Column, Sheet
@@ -36,6 +37,7 @@ _FACTS = (
         "quantization_dtype",
     ),
     *("calibration_source", "calibration_nsamples", "calibration_seqlen", "calibration_seed"),
+    *COST_COLUMNS,
 )
 _CONDITIONS = ("protocol", "num_fewshot", "limit", "encoding", "dtype", "max_length")
 _HEADER = (*_FACTS, "task", "metric", *_CONDITIONS)
