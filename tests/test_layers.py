@@ -63,6 +63,8 @@ TORCH_FREE = """
     qbench.comparison.layer_errors qbench.plots.wanted qbench.plots.heatmap qbench.plots.profile
     qbench.comparison.savings qbench.plots.paper_bits qbench.plots.paper_sizes
     qbench.plots.paper_costs
+    qbench.reproduction.presets qbench.reproduction.published qbench.reproduction.outcome
+    qbench.reproduction.printing qbench.reproduction.verdicts
     qbench.study.listing qbench.study.environment qbench.study.doctor
     qbench.comparison.energy qbench.comparison.footprint qbench.comparison.shapes
     qbench.comparison.run_costs qbench.comparison.cost_points qbench.tables.costs

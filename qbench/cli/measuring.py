@@ -10,6 +10,11 @@ import typer
 
 from qbench.cli.application import DEFAULT_RESULTS, AllowPickle, Data, Results, RetryFailed, app
 
+Stream = Annotated[
+    bool | None,
+    typer.Option(help="One decoder block in memory at a time.", show_default="if it must be"),
+]
+
 
 @app.command()
 def demo(
@@ -52,10 +57,7 @@ def run(
     latent: Annotated[
         bool, typer.Option("--latent", help="A BitNet's latent weights, as an ordinary model.")
     ] = False,
-    stream: Annotated[
-        bool | None,
-        typer.Option(help="One decoder block in memory at a time.", show_default="if it must be"),
-    ] = None,
+    stream: Stream = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what it would take, and do nothing.")
     ] = False,
@@ -132,10 +134,7 @@ def reproduce(
     ] = False,
     retry_failed: RetryFailed = False,
     allow_pickle: AllowPickle = False,
-    stream: Annotated[
-        bool | None,
-        typer.Option(help="One decoder block in memory at a time.", show_default="if it must be"),
-    ] = None,
+    stream: Stream = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what it would download and take.")
     ] = False,
@@ -146,8 +145,6 @@ def reproduce(
 
         print_list()
         return
-    import shutil
-
     from qbench.study.imports import import_models
 
     import_models()
@@ -168,8 +165,7 @@ def reproduce(
         retry_failed=retry_failed,
         stream=stream,
     )
-    width = shutil.get_terminal_size((120, 24)).columns
-    sys.exit(run_preset(preset, request, checkpoint, format, dry_run, width))
+    sys.exit(run_preset(preset, request, checkpoint, format, dry_run))
 
 
 @app.command()

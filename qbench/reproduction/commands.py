@@ -6,6 +6,7 @@ The outcome lies at ``<results>/reproductions/<preset>.json``: see
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -21,13 +22,13 @@ def reproduce(
     checkpoints: Sequence[str] = (),
     form: str = "terminal",
     dry_run: bool = False,
-    width: int = 100,
 ) -> int:
     """Run a preset, or say what it would take; 1 if a run failed."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     printing.check_format(form)
+    width = shutil.get_terminal_size((120, 24)).columns
     preset = presets.find(name)
     if preset.family.weights == "unreleased":
         from qbench.reproduction import unreleased
