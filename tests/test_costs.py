@@ -173,6 +173,11 @@ def test_a_stored_run_has_the_bits_that_it_recorded(store):
     assert "W4A8KV4 rtn" in text and "Costs of tiny for one sequence of 512 tokens" in text
 
 
+def test_the_beginning_of_several_runs_is_refused_before_anybody_is_asked(store):
+    with pytest.raises(QBenchError, match="names 2 runs"):
+        costs("tiny/W4A", results=store.root)
+
+
 def test_a_stored_run_without_dimensions_names_the_checkpoint_to_take(store):
     old = record("W2A16", "rtn")
     old.dimensions = None

@@ -19,8 +19,9 @@ The papers add ternary products in INT8, which only holds two of them without ov
 accumulate in INT32; ``accumulator`` is a parameter, so that both can be printed: 71.4 times less
 than FP16 for one multiply-accumulate becomes 16.7 times.
 
-Left out: causal masks (the paper counts every pair of tokens), corrections for zero points, and
-whatever a method computes at run time, such as rotated inputs.
+Left out: causal masks (the paper counts every pair of tokens), corrections for zero points, what a
+method computes at run time, such as rotated inputs, and what ``bmm`` and ``KV`` widths would save
+in the attention products, which stay in FP16.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ PICOJOULES: dict[str, dict[str, tuple[float, float]]] = {
 }
 """Node -> type -> picojoules of one addition, of one multiplication.
 
-FP32, FP16 and INT8 as in BitNet's Table 2. INT32 is not in it: from the sources of its numbers,
-Horowitz (ISSCC 2014) for 45 nm and its scaling to 7 nm.
+FP32, FP16 and INT8 as in BitNet's Table 2. INT32 is not in it: at 45 nm from Horowitz (ISSCC 2014),
+whose numbers these are; at 7 nm as published code of quantization research has it.
 """
 
 

@@ -112,13 +112,19 @@ def find_model(name: str, results: Path) -> Model:
 
 
 def _stored(name: str, results: Path) -> QuantizationRecord | None:
-    """The record of a run, unless the name is a checkpoint's folder, or no run's."""
+    """The record of a run; None where the name is a checkpoint's folder, or no run's.
+
+    Raises:
+        QBenchError: if it is the beginning of several runs' names.
+    """
     if name.startswith("bundled:") or (Path(name).expanduser() / "config.json").is_file():
         return None
     try:
         return find_run(results, name).run.quantization
-    except QBenchError:
-        return None
+    except QBenchError as error:
+        if str(error).startswith(("unknown run", "no results")):
+            return None
+        raise  # several runs are meant
 
 
 def model_sheet(model: Model, schemes: Sequence[str], use: Use) -> Sheet:
