@@ -33,7 +33,6 @@ from qbench.tables.layouts import LAYOUTS, Options, lay_out
 from qbench.tables.marks import with_significance
 from qbench.tables.table import stored_entries
 
-
 MOST_TESTED = 3000
 """Numbers of a table up to which their differences are tested."""
 
