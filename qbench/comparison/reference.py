@@ -106,7 +106,7 @@ def entries(name: str, keys: list[Key], num_fewshot: int = 0) -> list[Entry]:
         first = lines[0]
         if first["method"] == "Random" or not (cells or costs):
             continue  # the caller computes chance for its own tasks
-        facts = _facts(first) | {"costs": costs, "published_row": f"{name} {first['row']}"}
+        facts = _facts(first, lines) | {"costs": costs, "published_row": f"{name} {first['row']}"}
         found.append(Entry(facts, first["method"], cells, source="published"))
     return found
 
@@ -128,8 +128,11 @@ def _measured(line: dict[str, Any]) -> Measured:
     return Measured(line["task"], "accuracy", line["metric"], value / 100, notes=notes)
 
 
-def _facts(line: dict[str, Any]) -> dict[str, Any]:
+def _facts(line: dict[str, Any], lines: list[dict[str, Any]]) -> dict[str, Any]:
     import pandas
+
+    tables = dict.fromkeys(other["table"] for other in lines if other["task"] not in _COSTS)
+    where = next(iter(tables), line["table"]) + (" and others" if len(tables) > 1 else "")
 
     def number(column: str) -> int | None:
         return None if pandas.isna(line[column]) else int(line[column])
@@ -145,5 +148,5 @@ def _facts(line: dict[str, Any]) -> dict[str, Any]:
         "trained": line["trained"] == "yes",
         "status": "ok",
         "fitted": line["fitted"] != "no",  # whether the paper's own curve was fitted on it
-        "reference": f"{line['paper']}, {line['source']}, {line['table']}",
+        "reference": f"{line['paper']}, {line['source']}, {where}",
     }

@@ -132,7 +132,7 @@ def published_rows(options: Options, keys: list[Key], num_fewshot: int = 0) -> l
             f"{options.against} holds no accuracy and no perplexity, so no layout has its rows; "
             f"print it with `qbench table --published {options.against}`"
         )
-    own = {number.metric for e in found for number in e.cells.values() if number.kind == "accuracy"}
+    own = {entry.cells[key].metric for entry in found for key in keys if key in entry.cells}
     how = f"; accuracies are {', '.join(sorted(own))}" if own - {options.metric} else ""
     note = (
         f"published: {found[0].facts['reference']}: other weights, other data, what to expect "
