@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -540,6 +541,24 @@ def test_a_dry_run_on_weights_that_are_here_looks_up_what_is_stored(place, tmp_p
     assert "nothing to download" in text and "2 cells: 2 to run" in text
     qbench("reproduce", *common, "--ignore-gate")
     assert "2 cells: 2 stored" in qbench("reproduce", *common, "--dry-run").stdout
+
+
+def test_weights_in_the_cache_of_the_hub_are_planned_under_their_own_name(
+    place, offline, tmp_path, monkeypatch
+):
+    from huggingface_hub import constants
+
+    repository = tmp_path / "hub" / "models--facebook--opt-125m"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(stand_in(place / "opt", "opt"), repository / "snapshots" / ("0" * 40))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    text = qbench(
+        "reproduce", "gptq-opt-125m", "--dry-run", "--data", place / "data", "--results", tmp_path
+    ).stdout
+    assert "weights: facebook/opt-125m, in the Hub's cache; nothing to download" in text
+    assert "facebook/opt-125m: 0.0958 M parameters" in text
+    assert "in place of" not in text and "5 cells: 5 to run" in text
 
 
 def test_the_command_prints_its_table_and_names_the_stand_in(place, tmp_path):

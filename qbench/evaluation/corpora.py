@@ -100,7 +100,7 @@ CORPORA: dict[str, CorpusDefinition] = {
         evaluation_documents=1100,
     ),
     "pile-val": CorpusDefinition(
-        "the Pile's validation split, SmoothQuant's calibration text",
+        "the Pile's validation split, SmoothQuant's calibration text (needs zstandard to be read)",
         HubSource("mit-han-lab/pile-val-backup"),
         calibration_split="validation",
         from_one_document=True,

@@ -9,7 +9,7 @@ lengths of the texts from a table here, so they are estimates of estimates.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,12 +78,12 @@ def reproduction_lines(preset: Preset, request: Request) -> Iterator[str]:
     family, facts = preset.family, preset.facts
     yield f"{preset.name} · {family.paper}"
     yield from _settings(preset, request)
-    local = request.checkpoint or cached(preset.target.hub, request.allow_pickle)
-    yield _weights(preset, request, local)
-    trial = request if local is None else replace(request, checkpoint=local)
+    named = request.checkpoint is not None
+    folder = None if named else cached(preset.target.hub, request.allow_pickle)
+    yield _weights(preset, request, folder)
     yield from _data(preset, request)
-    if local is not None:
-        yield from _known(preset, trial)
+    if named or folder is not None:
+        yield from _known(preset, request, folder)
     elif facts is not None:
         yield from _estimated(preset, facts, request)
     for point in family.ambiguous:
@@ -193,9 +193,9 @@ def _has(data: Path | None, folder: str) -> bool:
     )
 
 
-def _known(preset: Preset, request: Request) -> Iterator[str]:
+def _known(preset: Preset, request: Request, folder: str | None) -> Iterator[str]:
     """The ordinary plan, where the weights are here."""
-    found = Reproduction.of(preset, request)
+    found = Reproduction.of(preset, request, folder)
     try:
         bench = found.bench
     except QBenchError as error:

@@ -69,8 +69,13 @@ class Reproduction:
     """Tasks that cannot be prepared here, and why."""
 
     @classmethod
-    def of(cls, preset: Preset, request: Request) -> Reproduction:
+    def of(cls, preset: Preset, request: Request, cached: str | None = None) -> Reproduction:
         """Find the weights and check that the preset is about such a model.
+
+        Args:
+            preset: what to reproduce.
+            request: how.
+            cached: the folder of the Hub's weights, where it is known; the Hub is then not asked.
 
         Raises:
             QBenchError: for weights that are not there or of another kind, and for names of rows
@@ -80,7 +85,8 @@ class Reproduction:
         name = request.checkpoint or preset.target.hub
         if name is None:
             raise QBenchError(f"{preset.name}: its weights were never released; give --checkpoint")
-        own = cls(preset, request, find_checkpoint(name, allow_pickle=request.allow_pickle))
+        found = find_checkpoint(cached or name, allow_pickle=request.allow_pickle)
+        own = cls(preset, request, replace(found, name=name) if cached else found)
         check_dtype(own.dtype)
         own._check_kind()
         _ = own.rows, own.measures
