@@ -13,6 +13,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PolyCollection
 from matplotlib.text import Text
+from PIL import Image
 from study_fixtures import BITNET_TASKS, add, bitnet_store, quantization
 
 from qbench.comparison import reference, shapes
@@ -404,6 +405,22 @@ def test_a_pdf_is_as_wide_as_the_column_and_embeds_truetype(twins, tmp_path):
     box = re.search(rb"/MediaBox \[ 0 0 ([\d.]+) ", content)
     assert box and float(box[1]) == pytest.approx(8.25 / 2.54 * 72, abs=0.01)
     assert b"/FontFile2" in content and b"/Type3" not in content
+
+
+def test_a_png_is_small_and_its_colours_are_those_that_were_drawn(twins, tmp_path, monkeypatch):
+    drawn = figure(twins, "heatmap", monkeypatch, width_in=3.25)
+    drawn.draw_without_rendering()
+    drawn.set_layout_engine("none")  # laid out anew, letters would move by parts of a pixel
+    style.save(drawn, tmp_path / "small.png")
+    with style.our_style():
+        drawn.savefig(tmp_path / "full.png", dpi=220)
+    with Image.open(tmp_path / "small.png") as small, Image.open(tmp_path / "full.png") as full:
+        assert small.mode == "P" and small.width == int(3.25 * 220)
+        assert small.info["dpi"][0] == pytest.approx(220, abs=0.1)
+        both = [np.asarray(image.convert("RGB"), dtype=int) for image in (small, full)]
+    assert abs(both[0] - both[1]).max() <= 10  # of 255
+    sizes = [(tmp_path / f"{name}.png").stat().st_size for name in ("small", "full")]
+    assert sizes[0] < 0.5 * sizes[1]
 
 
 def test_the_same_results_give_the_same_bytes(twins, tmp_path):

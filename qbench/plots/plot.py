@@ -72,7 +72,8 @@ def plot(
             well), ``energy``, ``energy_int32`` or ``effective_bits`` of the whole model.
         metric: ``acc``, ``acc_norm`` or ``acc_token``; ``perplexity`` takes the kind against bits
             or size that shows it; ``bits_per_byte`` is a loss.
-        against: name of a published table whose points are added, hollow; by size only.
+        against: name of a published table whose points are added, hollow or in panels of their
+            own; for the kinds against size and the papers' figures.
         width_in: width of the figure in inches; None fits the number of panels.
         checkpoints: filters, this and the next four, as in :func:`qbench.tables.table.table`.
         baselines: methods. Against size, these two choose the quantized rows that join the

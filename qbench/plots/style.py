@@ -174,17 +174,19 @@ def save(figure: Figure, output: Path) -> None:
 
 
 def _save_png(figure: Figure, output: Path) -> None:
-    from io import BytesIO
-
+    """Drawn by Agg and reduced before it is written, so that it is compressed once."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image  # matplotlib itself writes PNG with it
 
-    full = BytesIO()
-    figure.savefig(full, format="png", dpi=_DPI, metadata=_NO_DATE[".png"])
-    full.seek(0)
-    with Image.open(full) as image:
-        method, dither = Image.Quantize.MAXCOVERAGE, Image.Dither.NONE
-        reduced = image.convert("RGB").quantize(256, method=method, dither=dither)
-        reduced.save(output, format="PNG", dpi=(_DPI, _DPI))
+    before = figure.dpi
+    figure.set_dpi(_DPI)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    image = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba())
+    method, dither = Image.Quantize.MAXCOVERAGE, Image.Dither.NONE
+    reduced = image.convert("RGB").quantize(256, method=method, dither=dither)
+    reduced.save(output, format="PNG", dpi=(_DPI, _DPI))
+    figure.set_dpi(before)
 
 
 def mark(axes: Axes, x: float, y: float, error: float | None, look: dict[str, Any]) -> None:
