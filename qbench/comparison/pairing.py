@@ -146,12 +146,9 @@ def right(items: DataFrame, metric: str = "acc") -> ndarray:
     Raises:
         NotPaired: where a log-probability is NaN, so that there is no answer.
     """
-    import numpy as np
-
     if _greedy(items):
         return items["is_greedy"].to_numpy(dtype=bool)
-    chosen = _chosen(items, metric)
-    return items["gold"].to_numpy(dtype=bool)[np.asarray(chosen)]
+    return items["gold"].to_numpy(dtype=bool)[_chosen(items, metric)]
 
 
 def flips(a: DataFrame, b: DataFrame, metric: str = "acc") -> DataFrame:
@@ -186,7 +183,7 @@ def flips(a: DataFrame, b: DataFrame, metric: str = "acc") -> DataFrame:
         place = _chosen(items, metric)
         answers[name] = gold[place]
         rows[f"chosen_{name}"] = items["option"].to_numpy()[place]
-        rows[f"margin_{name}"] = _margins(_scores(items, metric), gold, bounds)
+        rows[f"margin_{name}"] = _margins(_scores(items, metric), gold, starts)
     options = a["option"].to_numpy()
     rows["gold"] = [
         tuple(options[low:high][gold[low:high]].tolist())
@@ -247,7 +244,7 @@ def _common(
     Raises:
         NotPaired: where an item has other rows (options) in the two.
     """
-    if len(a) == len(b) and (a[keys].to_numpy() == b[keys].to_numpy()).all():
+    if len(a) == len(b) and all((a[k].to_numpy() == b[k].to_numpy()).all() for k in keys):
         return a.reset_index(drop=True), b.reset_index(drop=True)
     shared = a[item].drop_duplicates().merge(b[item].drop_duplicates(), on=item)
     first, second = a.merge(shared, on=item), b.merge(shared, on=item)
@@ -286,20 +283,18 @@ def _chosen(items: DataFrame, metric: str) -> ndarray:
     import numpy as np
 
     scores, starts = _scores(items, metric), _starts(items)
-    bounds = [*starts.tolist(), len(scores)]
-    return np.array(
-        [low + int(np.argmax(scores[low:high])) for low, high in zip(bounds, bounds[1:])],  # noqa: B905
-        dtype=np.int64,
-    )
+    sizes = np.diff([*starts, len(scores)])
+    best = np.flatnonzero(scores == np.repeat(np.maximum.reduceat(scores, starts), sizes))
+    question = np.repeat(np.arange(len(starts)), sizes)[best]
+    return best[np.unique(question, return_index=True)[1]]
 
 
-def _margins(scores: ndarray, gold: ndarray, bounds: list[int]) -> list[float]:
+def _margins(scores: ndarray, gold: ndarray, starts: ndarray) -> ndarray:
     import numpy as np
 
-    found = []
-    for low, high in zip(bounds, bounds[1:]):  # noqa: B905
-        own, is_gold = scores[low:high], gold[low:high]
-        best = [float(own[mask].max()) if mask.any() else -np.inf for mask in (is_gold, ~is_gold)]
+    right, wrong = (
+        np.maximum.reduceat(np.where(which, scores, -np.inf), starts) for which in (gold, ~gold)
+    )
+    with np.errstate(invalid="ignore"):
         # two impossible options are as good as each other, not NaN apart
-        found.append(0.0 if best[0] == best[1] else best[0] - best[1])
-    return found
+        return np.where(right == wrong, 0.0, right - wrong)

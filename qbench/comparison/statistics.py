@@ -133,7 +133,8 @@ def sign_flips(differences: Values, seed: int = 0, n: int = RESAMPLES) -> float 
     beyond, done, block = 0, 0, max(1, _BLOCK // m)
     while done < n:
         size = min(block, n - done)
-        flipped = generator.integers(0, 2, (size, m), dtype=np.uint8)
+        bits = np.frombuffer(generator.bytes(-(-size * m // 8)), dtype=np.uint8)
+        flipped = np.unpackbits(bits, count=size * m).reshape(size, m)
         sums = 2 * (flipped @ values) - values.sum()
         beyond += int((np.abs(sums) >= least).sum())
         done += size
