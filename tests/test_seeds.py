@@ -25,6 +25,7 @@ from qbench.study.cells import Draw
 from qbench.study.runner import Workbench
 from qbench.study.store import Store
 from qbench.study.sweep import Sweep
+from qbench.tables.sheet import spread_text
 from qbench.tables.table import stored_entries, table
 
 
@@ -505,3 +506,20 @@ def test_every_text_of_a_list_is_calibrated_on_and_makes_a_row_of_its_own(plan, 
         "gptq calibration.source=text.txt (2 seeds)",
         "rtn",
     ]
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "text"),
+    [
+        (0.0721, "accuracy", "7.2"),
+        (0.0721, "agreement", "7.2"),
+        (0.0026, "divergence", "0.0026"),
+        (0.031, "perplexity", "0.03"),
+        (0.00015, "perplexity", "<0.01"),
+        (0.0, "perplexity", "0.00"),
+        (2.71, "perplexity", "2.71"),
+        (12345.0, "perplexity", "1.2e4"),
+    ],
+)
+def test_a_spread_has_the_decimals_of_its_mean(value, kind, text):
+    assert spread_text(value, kind) == text

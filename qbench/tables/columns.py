@@ -152,8 +152,7 @@ def with_spread(text: str, number: Measured) -> str:
     over_seeds = spread(number)
     if over_seeds is None:
         return text
-    percent = number.kind in ("accuracy", "agreement")
-    return f"{text} (sd {spread_text(over_seeds, percent)})"
+    return f"{text} (sd {spread_text(over_seeds, number.kind)})"
 
 
 def _best(entries: Sequence[Entry], cells: list[Cell]) -> list[Cell]:

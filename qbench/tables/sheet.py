@@ -103,11 +103,16 @@ def divergence_text(value: float) -> str:
     return f"{value:#.3g}".rstrip(".") if value < 1000 else f"{value:.0f}"
 
 
-def spread_text(value: float, percent: bool) -> str:
-    """A standard deviation: 0.4 in percent; else with two digits, 0.031, 1.2, 340."""
-    if percent:
+def spread_text(value: float, kind: str) -> str:
+    """A standard deviation with the decimals of its mean: 0.4 in percent, 0.03, <0.01, 340.
+
+    A divergence has two digits, whatever its size.
+    """
+    if kind in ("accuracy", "agreement"):
         return f"{100 * value:.1f}"
-    return f"{value:.2g}" if value < 100 else perplexity_text(value)
+    if kind == "divergence":
+        return f"{value:.2g}"
+    return "<0.01" if 0 < value < 0.005 else perplexity_text(value)
 
 
 def accuracy_text(value: float, stderr: float | None = None) -> str:
