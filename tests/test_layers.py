@@ -66,6 +66,7 @@ TORCH_FREE = """
     qbench.reproduction.presets qbench.reproduction.published qbench.reproduction.outcome
     qbench.reproduction.printing qbench.reproduction.verdicts
     qbench.study.listing qbench.study.environment qbench.study.doctor
+    qbench.report.report qbench.report.page qbench.evaluation.texts
     qbench.comparison.energy qbench.comparison.footprint qbench.comparison.shapes
     qbench.comparison.run_costs qbench.comparison.cost_points qbench.tables.costs
     qbench.tables.costs_table qbench.tables.model_costs qbench.tables.published_costs

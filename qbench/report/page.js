@@ -130,17 +130,18 @@ async function draw(place, figure, onPoint) {
   const columns = Math.max(1, Math.floor((place.clientWidth - 76) / (7.5 * longest + 56)));
   const legend = 21 * Math.ceil(named.length / columns) + 10;
   const area = narrow ? 300 : 350;
+  const across = { ...figure.layout.xaxis.title, standoff: 8 };
   const layout = {
     ...figure.layout,
-    height: 12 + area + 52 + legend,
+    height: 12 + area + 60 + legend,
     paper_bgcolor: "transparent",
     plot_bgcolor: "transparent",
     font: { family: "system-ui, sans-serif", size: 13 },
-    margin: { l: 64, r: 12, t: 12, b: 52 + legend, autoexpand: false },
-    legend: { orientation: "h", y: -50 / area, yanchor: "top", x: 0, entrywidth: 7.5 * longest },
+    margin: { l: 64, r: 12, t: 12, b: 60 + legend, autoexpand: false },
+    legend: { orientation: "h", y: -58 / area, yanchor: "top", x: 0, entrywidth: 7.5 * longest },
     hoverlabel: { bgcolor: "#222", bordercolor: "#222", font: { color: "#fff" } },
     dragmode: narrow ? false : "zoom",
-    xaxis: { ...axis, ...figure.layout.xaxis },
+    xaxis: { ...axis, ...figure.layout.xaxis, title: across },
     yaxis: { ...axis, ...figure.layout.yaxis },
   };
   const settings = { responsive: true, displaylogo: false, displayModeBar: narrow ? false : "hover" };
