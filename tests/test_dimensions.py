@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from qbench.cli import app
 from qbench.models.checkpoints import find_checkpoint
 from qbench.models.dimensions import checkpoint_dimensions, dimensions
 from qbench.record import QuantizationRecord
+from qbench.study.store import Store
 from qbench.testing import ARCHITECTURES, tiny_checkpoint, tiny_model
 
 
@@ -69,3 +72,16 @@ def test_records_from_before_dimensions_still_read():
     record = QuantizationRecord.model_validate(old | {"dimensions": kept.model_dump()})
     again = QuantizationRecord.model_validate_json(record.model_dump_json())
     assert again.dimensions == kept
+
+
+@pytest.mark.parametrize("stream", ["--stream", "--no-stream"])
+def test_a_run_keeps_the_dimensions_of_its_model(tiny, text, tmp_path, stream):
+    arguments = ["run", str(tiny), "--baseline", "rtn", "--scheme", "W4A16", "--tasks", str(text)]
+    arguments += ["--max-length", "64", "--results", str(tmp_path / "runs"), stream]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    (run,) = Store(tmp_path / "runs").runs()
+    found = run.quantization.dimensions
+    assert found == checkpoint_dimensions(find_checkpoint(str(tiny)))
+    quantized = sum(layer.shape[0] * layer.shape[1] for layer in run.quantization.layers)
+    assert found.matrix_weights == quantized
