@@ -420,6 +420,25 @@ def test_what_is_stored_is_not_measured_again_and_gives_the_same_outcome(
     assert path.is_file()
 
 
+def test_rows_and_columns_that_are_run_one_after_the_other_are_stored_together(place, tmp_path):
+    preset = short(PRESETS["gptq-opt-125m"], "wikitext2", "ptb-new")
+    asked = request(place, "opt", tmp_path)
+    run(preset, replace(asked, rows=("RTN W3A16",), tasks=("ptb-new",)))
+    printed = run(preset, replace(asked, rows=("RTN W4A16",), tasks=("wikitext2",)))
+    assert [row.name for row in printed.rows] == ["FP16", "RTN W4A16"]
+    (stored,) = outcomes.stored(tmp_path)
+    found = {row.name: [number.task for number in row.numbers] for row in stored.rows}
+    assert list(found.items()) == [
+        ("FP16", ["wikitext2", "ptb-new"]),
+        ("RTN W4A16", ["wikitext2"]),
+        ("RTN W3A16", ["ptb-new"]),
+    ]
+    other = replace(asked, dtype="bfloat16", rows=("RTN W4A16",), tasks=("wikitext2",))
+    run(preset, other)  # other conditions: nothing of the earlier ones is carried on
+    (stored,) = outcomes.stored(tmp_path)
+    assert [row.name for row in stored.rows] == ["FP16", "RTN W4A16"]
+
+
 def test_rows_that_draw_at_random_are_judged_by_the_spread_of_their_seeds(
     place, monkeypatch, tmp_path
 ):

@@ -12,7 +12,7 @@ Torch-free. Left out: the numbers' items; the records named in ``records`` have 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -118,6 +118,41 @@ class Outcome(_Strict):
         for number in (number for row in self.rows for number in row.numbers):
             found[number.verdict] = found.get(number.verdict, 0) + 1
         return dict(sorted(found.items(), key=lambda pair: -pair[1]))
+
+
+def joined(outcome: Outcome, results: Path, rows: Sequence[str], titles: Sequence[str]) -> Outcome:
+    """An outcome with the rows and columns that an earlier one of the same kind has beside it.
+
+    So a reproduction can be run a few rows at a time. What was stored under other conditions
+    (other departures, another gate) is not carried on.
+
+    Args:
+        outcome: the new one, whose numbers replace the old.
+        results: where an earlier one may be.
+        rows: the preset's rows in order.
+        titles: its columns in order.
+    """
+    path = outcome.path(results)
+    try:
+        before = read(path) if path.is_file() else None
+    except RunFailed:  # damaged, or another format: it is made again
+        before = None
+    if before is None or (before.departures, before.gate.state) != (
+        outcome.departures,
+        outcome.gate.state,
+    ):
+        return outcome
+    kept = {row.name: row for row in before.rows if row.name in rows}
+    for row in outcome.rows:
+        old = kept.get(row.name)
+        if old is not None and (old.parameters, old.scheme) == (row.parameters, row.scheme):
+            numbers = {n.title: n for n in (*old.numbers, *row.numbers) if n.title in titles}
+            row = row.model_copy(
+                update={"numbers": sorted(numbers.values(), key=lambda n: titles.index(n.title))}
+            )
+        kept[row.name] = row
+    ordered = sorted(kept.values(), key=lambda row: rows.index(row.name))
+    return outcome.model_copy(update={"rows": ordered})
 
 
 def save(outcome: Outcome, results: Path) -> Path:

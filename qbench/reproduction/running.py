@@ -24,7 +24,7 @@ from qbench.models.checks import check_device, check_dtype
 from qbench.progress import Reporter
 from qbench.registry import load_baseline
 from qbench.reproduction.collecting import Collector, judge_gate, tasks_of
-from qbench.reproduction.outcome import Gate, Outcome, OutcomeRow, save
+from qbench.reproduction.outcome import Gate, Outcome, OutcomeRow, joined, save
 from qbench.reproduction.presets import Measure, Preset, Row
 from qbench.scheme import Scheme
 from qbench.study.cells import Cell, Draw, Settings
@@ -183,13 +183,8 @@ class Reproduction:
         if self.dtype != family.dtype:
             found.append(f"computed in {self.dtype}, the paper in {family.dtype}")
         context, seqlen = self.bench.context, family.calibration.seqlen
-        if context and context < seqlen and any(self._reads_data(row) for row, _ in self.cells):
+        if context and context < seqlen and any(map(self._reads_data, self.preset.rows)):
             found.append(f"calibration windows of {context} tokens, the paper's have {seqlen}")
-        for row, cells in self.cells:
-            if 1 < family.seeds != len(cells) and self._is_random(row):
-                found.append(f"{row.name}: {len(cells)} seeds, the preset has {family.seeds}")
-        if self.missing:
-            found.append(f"without {', '.join(self.missing)}: no data")
         return found
 
     def run(self, reporter: Reporter) -> Outcome:
@@ -219,7 +214,7 @@ class Reproduction:
         )
         if gate.state == "failed" and not self.request.ignore_gate:
             bench.release()
-            save(self.outcome(gate, done, departures), self.request.results)
+            self._store(self.outcome(gate, done, departures))
             raise RunFailed(f"{gate.sentence}; nothing was quantized")
         reporter.line(f"    gate {gate.state}: {gate.sentence}")
         for row, cells in self.cells:
@@ -227,8 +222,14 @@ class Reproduction:
                 done.append(self._measured(collector, row, cells, gate, reporter))
         bench.release()
         outcome = self.outcome(gate, done, departures)
-        save(outcome, self.request.results)
+        self._store(outcome)
         return outcome
+
+    def _store(self, outcome: Outcome) -> None:
+        """Write the outcome, with what an earlier run under the same conditions had beside it."""
+        order = [row.name for row in self.preset.rows]
+        titles = [measure.title for measure in self.preset.measures]
+        save(joined(outcome, self.request.results, order, titles), self.request.results)
 
     def outcome(self, gate: Gate, rows: Sequence[OutcomeRow], departures: list[str]) -> Outcome:
         """What is stored and printed."""
