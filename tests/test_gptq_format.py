@@ -14,16 +14,17 @@ import numpy as np
 import pytest
 import torch
 from cli_fixtures import edit_config, edit_weights, qbench, records, refused
-from study_fixtures import cells
+from study_fixtures import add, cells, quantization
 from torch import Tensor
 
+from qbench.comparison.panels import accuracy_panels
 from qbench.errors import QBenchError
 from qbench.models.checkpoints import find_checkpoint
 from qbench.models.gptq_format import damage
 from qbench.models.gptq_loading import dequantize, unpack, zero_points
 from qbench.quantization.quantize import quantize_model
 from qbench.study.store import Store
-from qbench.tables.table import table
+from qbench.tables.table import stored_entries, table
 from qbench.testing import tiny_checkpoint, tiny_model
 
 BITS = (2, 3, 4, 8)
@@ -474,3 +475,27 @@ def test_a_sweep_gives_it_one_row_beside_the_methods_run_here(stored, tiny, tmp_
     assert len(rows) == len(shown) == 3
     row = shown["packed", "gptq (stored)"]
     assert row["W/A"] == "W4A16g32" and row["Scheme"] == "grid=asym"
+
+
+def test_it_stands_with_the_full_precision_model_of_its_size_in_tables_and_figures(tmp_path):
+    store = Store(tmp_path / "runs")
+    scores = {"wsc273": 0.7}
+    for name, size in (("small", 2_000_000), ("large", 8_000_000)):
+        add(store, quantization(name, parameters=size), scores)
+        add(store, quantization(name, "rtn", "W4A16:w=channel,grid=asym", parameters=size), scores)
+    record = quantization("small-GPTQ", "gptq (stored)", SCHEME, parameters=2_000_000,
+                          quantized_elsewhere=True)  # fmt: skip
+    add(store, record, {"wsc273": 0.72})
+    panels = {p.title: p.points for p in accuracy_panels(stored_entries(store), "wbits")}
+    assert set(panels) == {"small", "large"}
+    [point] = [p for p in panels["small"] if p.series == "gptq (stored)"]
+    assert point.role == "ptq" and point.name == "small-GPTQ"
+    assert {p.series for p in panels["large"]} == {"full precision", "rtn"}
+    kept = ["small", "small-GPTQ"]
+    rows = cells(table(store, "bitnet-table3", checkpoints=kept))
+    shown = [(row["Checkpoint"], row["WBits"], row["Methods"], row["PTQ"]) for row in rows[1:]]
+    assert shown == [
+        ("small", "16", "full precision", "✗"),
+        ("small-GPTQ", "4", "gptq (stored)", "✓"),
+        ("small", "4", "rtn", "✓"),
+    ]

@@ -39,7 +39,10 @@ from qbench.scheme import Scheme
 CONFIG = "quantize_config.json"
 """Where AutoGPTQ wrote what transformers expects in config.json."""
 BITS = (2, 3, 4, 8)
-FORMATS = ("gptq", "gptq_v2")
+V1, V2 = "gptq", "gptq_v2"
+FORMATS = (V1, V2)
+METHOD = "gptq"
+"""``quant_method`` of the format, whichever method made the codes."""
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 WORD = 32
 DAMAGED = "damaged_zero_points"
@@ -86,8 +89,8 @@ class GPTQFormat:
 
     def lines(self) -> list[str]:
         """What was decided about the checkpoint, a line each."""
-        zeros = "as they are" if self.version == "gptq_v2" else "minus one"
-        if self.version == "gptq":
+        zeros = "as they are" if self.version == V2 else "minus one"
+        if self.version == V1:
             zeros += ", subtracted from whole words" if self.carries else ", each wrapping"
         groups = f"groups of {self.group_size}" if self.group_size > 0 else "whole rows"
         order = "act-order" if self.act_order else "columns in order"
@@ -164,7 +167,7 @@ def entry_of(config: Mapping[str, Any], folder: Path) -> Mapping[str, Any] | Non
     if inside is not None and not isinstance(inside, Mapping):
         return None  # said elsewhere
     if inside:
-        if inside.get("quant_method") != "gptq":
+        if inside.get("quant_method") != METHOD:
             return None
         beside = quantize_config(folder)
         for key in _AGREE:
@@ -209,14 +212,14 @@ def detect(
     meta = entry.get("meta") or {}
     made_by = meta.get("quantizer") or "" if isinstance(meta, Mapping) else ""
     made_by = made_by if isinstance(made_by, str) else ", ".join(map(str, made_by))
-    version = str(entry.get("checkpoint_format") or entry.get("format") or FORMATS[0])
+    version = str(entry.get("checkpoint_format") or entry.get("format") or V1)
     found = GPTQFormat(
         bits=bits,
         group_size=group_size,
         sym=bool(entry.get("sym", True)),
         act_order=bool(entry.get("desc_act", False)),
         version=version,
-        carries=version == "gptq" and "gptqmodel" in made_by.lower() and bits != 3,
+        carries=version == V1 and "gptqmodel" in made_by.lower() and bits != 3,
         linears=linears,
         made_by=made_by,
         settings=tuple(_settings(entry, meta if isinstance(meta, Mapping) else {})),
@@ -229,13 +232,13 @@ def detect(
 
 def _check_packing(name: str, entry: Mapping[str, Any]) -> None:
     """Refuse what is packed in another way."""
-    method = entry.get("quant_method", "gptq")
-    version = entry.get("checkpoint_format") or entry.get("format") or FORMATS[0]
+    method = entry.get("quant_method", METHOD)
+    version = entry.get("checkpoint_format") or entry.get("format") or V1
     if entry.get("is_marlin_format"):
         version = "marlin"
     bits, group_size = entry.get("bits"), entry.get("group_size", -1)
     problem = ""
-    if method != "gptq":
+    if method != METHOD:
         problem = f"quant_method {method}"
     elif version not in FORMATS:
         problem = f"checkpoint_format {version}"

@@ -21,7 +21,7 @@ from qbench.errors import QBenchError
 from qbench.models.blocks import find_blocks
 from qbench.models.checks import check_finite
 from qbench.models.files import first_line
-from qbench.models.gptq_format import DAMAGED, PARTS, WORD, GPTQFormat
+from qbench.models.gptq_format import DAMAGED, PARTS, V1, V2, WORD, GPTQFormat
 from qbench.record import LayerReport
 from qbench.scheme import Scheme
 
@@ -59,7 +59,7 @@ def zero_points(qzeros: Tensor, fmt: GPTQFormat) -> Tensor:
         ones = sum(1 << place for place in range(0, WORD, fmt.bits))
         qzeros = qzeros + ones  # int32: what leaves the word is lost, as it was when subtracted
     zeros = unpack(qzeros.T, fmt.bits).T.to(torch.int16)
-    if fmt.version == "gptq" and not fmt.carries:
+    if fmt.version == V1 and not fmt.carries:
         zeros = (zeros + 1) & (2**fmt.bits - 1)
     return zeros
 
@@ -70,7 +70,7 @@ def damaged_words(qzeros: Tensor, fmt: GPTQFormat) -> int:
     Its packer stores -1 there, which sets all higher bits of the word: the zero points that follow
     in it read as 0 too, whatever they were. Two zero points of 0 look the same.
     """
-    if fmt.version != "gptq" or fmt.carries or fmt.sym:
+    if fmt.version != V1 or fmt.carries or fmt.sym:
         return 0
     two = 2 * fmt.bits
     return int(((qzeros >> (WORD - two)) & (2**two - 1) == 2**two - 1).sum())
@@ -173,7 +173,7 @@ def _weight(files: _Files, linear: str, fmt: GPTQFormat) -> Tensor:
     middle = 2 ** (fmt.bits - 1)
     if fmt.sym and (zeros != middle).any():
         odd = int(zeros[zeros != middle][0])
-        other = "gptq" if fmt.version == "gptq_v2" else "gptq_v2"
+        other = V1 if fmt.version == V2 else V2
         hint = f"checkpoint_format should be {other}" if abs(odd - middle) == 1 else "sym is wrong"
         raise QBenchError(
             f"{files.name}: {linear} has a zero point {odd} where symmetric {fmt.bits}-bit codes "

@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
 
 from qbench.errors import QBenchError
+from qbench.record import QuantizationRecord, TaskRecord
 from qbench.study.data_findings import GROUP as DATA
 from qbench.study.data_findings import data_findings, is_offline
 from qbench.study.environment import environment
@@ -188,7 +189,7 @@ def _other_versions(runs: list[Run]) -> Iterator[Finding]:
     installed = {name: _version(name) for name in _DECIDING}
     others: Counter[tuple[str, str]] = Counter()
     for run in runs:
-        records = [run.quantization, *run.tasks]
+        records: list[QuantizationRecord | TaskRecord] = [run.quantization, *run.tasks]
         others.update(
             {
                 (name, record.environment[name])
