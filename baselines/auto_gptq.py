@@ -1,4 +1,4 @@
-"""auto-gptq 0.7.1's own GPTQ and Quantizer as the engine, beside the methods written here.
+"""auto-gptq 0.7.1's own GPTQ and Quantizer as the engine, beside the methods written here (extra).
 
 GPTQ 2210.17323 as AutoGPTQ released it, run unchanged: the oracle inside the table. An optional
 extra, ``pip install "qbench[auto-gptq]"``. The library is no longer maintained and as a whole does

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from cli_fixtures import edit_config, edit_weights, qbench, records, refused
+from safetensors.torch import load_file
 from study_fixtures import add, cells, quantization
 from torch import Tensor
 
@@ -259,6 +260,36 @@ def test_biases_and_transposed_weights_come_along(architecture, tmp_path):
     found, expected = (find_checkpoint(str(p)).load_model() for p in (folder, plain_of(folder)))
     assert torch.equal(logits(found), logits(expected))
     assert torch.isfinite(logits(found)).all()
+
+
+def test_experts_are_packed_one_by_one_and_merged_when_loaded(tmp_path):
+    """As GPTQ checkpoints of Mixtral store them; the class has one tensor for all."""
+    folder = tiny_checkpoint(tmp_path / "packed", "mixtral")
+    plain = tiny_checkpoint(tmp_path / "plain", "mixtral")
+    state = load_file(folder / "model.safetensors")
+    experts = [name for name in state if ".experts." in name and state[name].ndim == 2]
+    assert len(experts) == 2 * 4 * 3
+    made = {name.removesuffix(".weight"): packed(state[name]) for name in experts}
+
+    def pack_experts(tensors):
+        for name, (parts, _) in made.items():
+            del tensors[f"{name}.weight"]
+            tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+
+    edit_weights(edit_config(folder, quantization_config=entry()), pack_experts)
+    values = {f"{name}.weight": value.contiguous() for name, (_, value) in made.items()}
+    edit_weights(plain, lambda tensors: tensors.update(values))
+    found, expected = (find_checkpoint(str(p)).load_model() for p in (folder, plain))
+    assert torch.equal(logits(found), logits(expected))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_weights_are_worked_out_in_float32_and_then_cast(dtype, tmp_path):
+    folder = write(tmp_path / "packed", sym=False)
+    found, expected = (find_checkpoint(str(p)) for p in (folder, plain_of(folder)))
+    state = expected.load_model().state_dict()
+    for name, tensor in found.load_model(dtype).state_dict().items():
+        assert torch.equal(tensor, state[name].to(getattr(torch, dtype)))
 
 
 def test_a_tied_head_stays_tied(tmp_path):
