@@ -88,7 +88,8 @@ def find_model(name: str, results: Path) -> Model:
         QBenchError: if it is none of them, or a run that was recorded without dimensions.
     """
     if name.lower() in map(str.lower, shapes.names()):
-        return Model(name, shapes.shape(name))
+        own = "W1A8" if name.lower().startswith("bitnet") else "W1.58A8"
+        return Model(name, shapes.shape(name), own_scheme=own)
     record = _stored(name, results)
     if record is not None:
         if record.dimensions is None:
@@ -132,7 +133,7 @@ def model_sheet(model: Model, schemes: Sequence[str], use: Use) -> Sheet:
 
     Args:
         model: whose costs are asked for.
-        schemes: beside full precision; none takes that of the run or of the training.
+        schemes: beside full precision; none takes that of the run, the paper or the training.
         use: tokens and sequences.
 
     Raises:
