@@ -102,7 +102,7 @@ def message_of(name, fields=None):
 
 def test_an_unknown_name_is_refused_with_the_nearest():
     assert message_of("gpqt") == "unknown baseline 'gpqt'; did you mean 'gptq'?"
-    assert "known: absmax, gptq, none" in message_of("zzzzzz")
+    assert "known: absmax, auto-gptq, gptq, none" in message_of("zzzzzz")
 
 
 def test_a_file_that_is_not_there_says_where_it_was_looked_for(tmp_path, monkeypatch):
