@@ -156,6 +156,16 @@ def test_a_diverged_run_is_compared_without_a_test(store):
     assert "not tested: not every number is finite" in text
 
 
+def test_a_run_that_was_calibrated_on_its_test_text_is_told(store):
+    items = answers_of(50, [3])
+    record = measured(ACT_ORDER, "piqa", items, details={"calibration_overlap": 0.25})
+    store.save_quantization(ACT_ORDER)
+    store.save_task(ACT_ORDER.checkpoint, ACT_ORDER.key, record, items)
+    folder = store.folder(ACT_ORDER.checkpoint, ACT_ORDER.key)
+    text = compare_text(store.root, "opt-6.7b/W16A16", str(folder))
+    assert "25% of the tested text stands in the calibration text of B" in text
+
+
 def test_the_command_shows_texts_from_the_data_folder_and_leaves_out_changed_ones(tmp_path):
     """The rows of tests/data, by their hashes; one question has another text by now."""
     import json

@@ -165,6 +165,17 @@ def test_a_question_without_options_is_right_where_its_text_is_the_greedy_one():
         flips(items, items)
 
 
+def test_an_accuracy_of_a_task_that_counts_otherwise_is_not_paired():
+    items = questions([0, 0, 0], n_options=1, gold=-1)
+    items["is_greedy"] = np.array([True, False, True])
+    record = of(items)
+    record.task.metrics["acc"].value = 1 / 3  # as if the task had looked at something else
+    with pytest.raises(NotPaired, match="does not follow from the stored items"):
+        pair(record, of(items))
+    record.task.metrics["acc"].value = 2 / 3
+    assert len(pair(record, record).a) == 3
+
+
 def test_a_nan_log_probability_is_no_answer():
     items = questions([0, 1])
     items["loglikelihood"][3] = np.nan

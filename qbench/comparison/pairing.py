@@ -73,6 +73,17 @@ class Measurement:
         """Whether the items are windows of a text rather than questions."""
         return "window" in self.items
 
+    @property
+    def follows(self) -> bool:
+        """Whether the accuracy is that of :func:`right`; a task without options may define its own.
+
+        True of windows, and of tasks that have none.
+        """
+        if self.of_windows or "acc" not in self.task.metrics or not _greedy(self.items):
+            return True
+        greedy = float(self.items["is_greedy"].mean())
+        return abs(greedy - self.task.metrics["acc"].as_float()) < 1e-9
+
 
 @dataclass(frozen=True)
 class Paired:
@@ -98,6 +109,8 @@ def pair(a: Measurement, b: Measurement) -> Paired:
     for measured in (a, b):
         if measured.task.status != "ok":
             raise NotPaired(f"{measured.task.key.task} failed on one of the two")
+        if not measured.follows:
+            raise NotPaired("the accuracy does not follow from the stored items")
     reasons = list(_conflicts(a.task.key, b.task.key))
     if reasons:
         raise NotPaired("measured differently: " + "; ".join(reasons))

@@ -25,7 +25,7 @@ from qbench.comparison.statistics import (
     resamples_for,
     sign_flips,
 )
-from qbench.errors import QBenchError
+from qbench.errors import QBenchError, RunFailed
 from qbench.record import TaskRecord
 from qbench.study.store import Run, Store
 
@@ -157,7 +157,12 @@ class Tester:
         record = _record(self._runs[run], measured)
         key = (run, record.key.digest())
         if key not in self._items:
-            self._items[key] = Measurement.read(self.store, self._runs[run], record)
+            try:
+                self._items[key] = Measurement.read(self.store, self._runs[run], record)
+            except RunFailed:
+                raise
+            except QBenchError as error:  # one footnote for all of them, without their folders
+                raise NotPaired("no items are stored") from error
         return self._items[key]
 
 

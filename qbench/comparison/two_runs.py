@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from qbench.comparison.circumstances import OVERLAP
 from qbench.comparison.pairing import SCORES, Measurement, Paired, flips, pair, right
 from qbench.comparison.significance import MCNEMAR, RANDOMIZATION
 from qbench.comparison.statistics import (
@@ -206,12 +207,21 @@ def _measured(
     ]
     try:
         paired = pair(*(Measurement.read(side.store, side.run, task) for side, task in (a, b)))
-        tested = [_tested(change, paired, seed) for change in plain]
+        notes = (*paired.notes, *_seen(one, two))
+        tested = [_tested(change, replace(paired, notes=notes), seed) for change in plain]
         if shown[0] in SCORES and not paired.of_windows:
             return tested, _flipped(paired, one, shown[0])
         return tested, None
     except QBenchError as error:
         return [replace(change, reason=str(error)) for change in plain], None
+
+
+def _seen(one: TaskRecord, two: TaskRecord) -> Iterator[str]:
+    """Which of the two was calibrated on the text it is tested on."""
+    for name, task in (("A", one), ("B", two)):
+        share = task.details.get("calibration_overlap") or 0.0
+        if share >= OVERLAP:
+            yield f"{share:.0%} of the tested text stands in the calibration text of {name}"
 
 
 def _tested(change: Change, paired: Paired, seed: int) -> Change:
