@@ -56,6 +56,8 @@ _AROUND = ((0, 8, "center", "bottom"), (0, -8, "center", "top"), (7, 0, "left", 
            (0, -17, "center", "top"))  # fmt: skip
 _SIZES = (5.0, 9.0)
 """Size of the markers of the smallest and of the largest checkpoint, in points."""
+_STAR = 1.7
+"""How much larger stars are than other markers."""
 
 
 def draw_against_cost(wanted: Wanted) -> Figure:
@@ -96,7 +98,7 @@ def draw_against_cost(wanted: Wanted) -> Figure:
         figure.set_size_inches(width, height * len(grid) + 0.17 * lines + 0.3)
         figure.draw_without_rendering()  # settles the layout, in which names find their places
         for axes, panel in zip(drawn, panels, strict=True):
-            _name_front(axes, panel, accuracy)
+            _name_front(axes, panel, sizes, accuracy)
     return figure
 
 
@@ -168,7 +170,7 @@ def _short(write: Callable[[float], str], value: float) -> str:
     return f"{number} {unit}".strip()
 
 
-def _name_front(axes: Axes, panel: Panel, accuracy: bool) -> None:
+def _name_front(axes: Axes, panel: Panel, sizes: dict[str, int], accuracy: bool) -> None:
     """Name the points of the front wherever a name covers no point and no other name.
 
     Beside the front's own line where that is possible, else on it.
@@ -179,7 +181,7 @@ def _name_front(axes: Axes, panel: Panel, accuracy: bool) -> None:
     renderer: Any = FigureCanvasAgg(axes.figure).get_renderer()  # type: ignore[arg-type]
     best = front(panel.points, lower=not accuracy)
     line = _steps(axes, best, scale)
-    taken = [_box(axes, point, scale) for point in panel.points]
+    taken = [_box(axes, point, sizes, scale) for point in panel.points]
     inside = axes.get_window_extent(renderer)
     for point in best:
         for place, avoided in _tries(line):
@@ -223,12 +225,13 @@ def _written(
     return text
 
 
-def _box(axes: Axes, point: Point, scale: int) -> Any:
+def _box(axes: Axes, point: Point, sizes: dict[str, int], scale: int) -> Any:
     """What a marker with its error bar covers, in pixels."""
     from matplotlib.transforms import Bbox
 
     error = point.stderr or 0.0 if scale == 100 else 0.0
-    half = 4 * axes.figure.dpi / 72
+    wide = _STAR if point.role == "trained" else 1.0
+    half = 0.5 * wide * _marker_size(sizes.get(point.run), sizes) * axes.figure.dpi / 72
     ends = [(point.x, scale * (point.y + side * error)) for side in (-1, 1)]
     (left, low), (_, high) = axes.transData.transform(ends)
     return Bbox([[left - half, low - half], [left + half, high + half]])
@@ -237,7 +240,7 @@ def _box(axes: Axes, point: Point, scale: int) -> Any:
 def _look(point: Point, looks: dict[str, dict[str, Any]], sizes: dict[str, int]) -> dict[str, Any]:
     size = _marker_size(sizes.get(point.run), sizes)
     if point.role == "trained":
-        look = trained_look(point.wbits) | {"markersize": 1.7 * size}
+        look = trained_look(point.wbits) | {"markersize": _STAR * size}
     elif point.role == "full precision":
         look = {"color": FULL, "marker": "o", "markersize": size}
     else:
@@ -264,6 +267,8 @@ def _about(panels: Sequence[Panel], sizes: dict[str, int], x: str) -> list[str]:
         found.append(f"Larger markers: larger checkpoints, {ends} parameters.")
         if x == "effective_bits":
             found.append("Bits per weight leave out how many weights there are: see also --x size.")
+    if counts:
+        found.append("The front goes by the numbers alone, however small a difference is.")
     if x.startswith("energy"):
         found.append(
             "Energy: arithmetic only, as BitNet counts it, without memory access, embeddings and "
