@@ -24,11 +24,13 @@ from report_fixtures import (
 from study_fixtures import add, bitnet_store, quantization
 
 from qbench.errors import QBenchError, RunFailed
+from qbench.record import Metric
 from qbench.report.page import json_text
 from qbench.report.report import Choices, html_of, write
 from qbench.report.snapshot import anchors
+from qbench.reproduction.outcome import Gate, Number, Outcome, OutcomeRow, save
 from qbench.study.store import Store
-from qbench.tables.table import table
+from qbench.tables.table import stored_entries, table
 
 
 @pytest.fixture(scope="module")
@@ -91,11 +93,59 @@ def test_significance_is_marked_in_the_table_unless_it_is_turned_off(store, page
     assert not any("▼" in cell for row in off.rows for cell in row)
 
 
+def test_a_table_with_too_many_numbers_is_not_tested_and_says_so(store, monkeypatch):
+    monkeypatch.setattr("qbench.report.report.MOST_TESTED", 8)
+    page = Page(html_of(store))
+    assert not any("▼" in cell for row in page.rows for cell in row)
+    assert "Not tested for significance: 9 numbers in one table are more than 8" in page.text
+
+
 def test_a_published_table_stands_beside_in_the_papers_layout(tmp_path):
     page = Page(html_of(bitnet_store(tmp_path), Choices(against="bitnet-table3")))
     assert "Beside published numbers" in page.text
     assert "SmoothQuant (published)" in page.text
     assert [a["id"] for a in page.named("table")] == ["table-rows", "published-rows"]
+
+
+def outcome(**changes) -> Outcome:
+    number = Number(
+        title="wikitext2 gptq-2048",
+        task="wikitext2",
+        metric="perplexity",
+        unit="perplexity",
+        published=27.66,
+        printed="27.66",
+        source="Table 1",
+        reproduced=Metric.of(27.65, 0.1),
+        difference=-0.01,
+        noise=0.02,
+        verdict="within noise",
+    )
+    row = OutcomeRow(name="full", baseline="none", scheme="W16A16", numbers=[number])
+    fields = {
+        "preset": "gptq-opt-125m",
+        "paper": "GPTQ",
+        "about": "perplexities of OPT",
+        "weights": "released",
+        "hub": "facebook/opt-125m",
+        "checkpoint": "facebook/opt-125m",
+        "gate": Gate(state="passed", sentence="as published"),
+        "rows": [row],
+        "created": "2026-01-01T00:00:00",
+    }
+    return Outcome(**(fields | changes))
+
+
+def test_stored_reproductions_are_shown_and_a_broken_one_is_a_warning(tmp_path):
+    store = planted_difference(tmp_path, 3, 3)
+    save(outcome(), tmp_path)
+    (tmp_path / "reproductions" / "other.json").write_text("{")
+    page = Page(html_of(store))
+    text = plain(page.text)
+    assert "gptq-opt-125m: GPTQ, on facebook/opt-125m" in text
+    assert "perplexities of OPT: 1 within noise." in text
+    assert "27.66 27.65" in re.sub(r"(27\.66)(27\.65)", r"\1 \2", text)
+    assert "other.json is no stored reproduction" in text
 
 
 # --- one file, nothing fetched, nothing run ------------------------------------------------------
@@ -278,6 +328,14 @@ def test_rows_without_items_say_so(tmp_path):
     page = Page(html_of(bitnet_store(tmp_path)))
     (found,) = [t for t in run_of(page, "gptq W4A16")["answers"]["tasks"] if t["task"] == "wsc285"]
     assert found["why"] == "its items are not stored for both rows"
+
+
+def test_pages_of_many_runs_show_fewer_questions_each(store, monkeypatch):
+    entries = stored_entries(store)
+    compared = sum(len(entry.cells) for entry in entries if not entry.full_precision)
+    monkeypatch.setattr("qbench.report.answers.MOST", 4 * compared)
+    (found,) = run_of(Page(html_of(store)), "gptq W2A16")["answers"]["tasks"]
+    assert len(found["items"]) == 4 and found["rest"] == 20
 
 
 # --- texts ---------------------------------------------------------------------------------------

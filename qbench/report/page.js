@@ -123,7 +123,7 @@ function plotly() {
 async function draw(place, figure, onPoint) {
   const Plotly = await plotly();
   const narrow = place.clientWidth < 520;
-  const axis = { zeroline: false, fixedrange: narrow };
+  const axis = { zeroline: false, fixedrange: narrow, tickangle: 0 };
   // the legend's room is worked out here: left to itself, plotly moves axis titles under it
   const named = figure.data.filter((trace) => trace.showlegend !== false);
   const longest = Math.max(...named.map((trace) => trace.name.length));
