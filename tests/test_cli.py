@@ -233,7 +233,7 @@ for command in (
 def test_lists_name_what_there_is(tiny, text, tmp_path):
     baselines = qbench("list", "baselines").stdout
     assert [line.split()[0] for line in baselines.splitlines()] == [
-        "absmax", "gptq", "none", "quip", "rtn", "smoothquant",
+        "absmax", "auto-gptq", "gptq", "none", "quip", "rtn", "smoothquant",
     ]  # fmt: skip
     assert all(len(line.split()) > 3 for line in baselines.splitlines())
     tasks = {line.split()[0] for line in qbench("list", "tasks").stdout.splitlines()}
