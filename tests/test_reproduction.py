@@ -586,8 +586,9 @@ def test_the_command_prints_its_table_and_names_the_stand_in(place, tmp_path):
     common = (*common, "--tasks", "wikitext2,ptb-new", "--rows", "RTN W3A16")
     line = refused_gate(*common)
     assert "published 27.65" in line and "0.09581 M parameters where" in line
+    assert f"measured as gptq-{CONTEXT}" in line
     text = qbench("reproduce", *common, "--ignore-gate", "--format", "md").stdout
-    assert "Measured on opt, not on facebook/opt-125m" in text
+    assert "Not as in the paper: weights of opt in place of facebook/opt-125m" in text
     assert "| FP16 | wikitext2 gptq-2048 | 27.65 |" in text
     rows = list(csv.DictReader(io.StringIO(
         qbench("reproduce", *common, "--ignore-gate", "--format", "csv").stdout

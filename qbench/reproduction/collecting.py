@@ -122,6 +122,7 @@ class Collector:
         found = self._reproduced(measure, stored, paired=not row.is_full_precision)
         centre = found.centre(measure)
         allowed = noise(printed, measure, found, self.preset.family.tolerance)
+        number.measured_as = stored[0].tasks[tasks_of(measure)[0]].key.protocol
         number.reproduced = Metric.of(centre, found.stderr)
         number.seeds = [Metric.of(v) for v in found.values] if len(found.values) > 1 else []
         gap = centre - printed.value
@@ -246,23 +247,19 @@ def judge_gate(
             f"published {number.printed}, tolerance {allowed:.2g}"
         )
         if number.difference is None or abs(number.difference) > allowed:
-            likely = _likely(preset, number, checkpoint, limit, departures)
+            likely = _likely(number, limit, departures)
             return Gate(state="failed", sentence=f"{text}; likely: {likely}")
         passed.append(text)
     return Gate(state="passed", sentence="; ".join(passed))
 
 
-def _likely(
-    preset: Preset, number: Number, checkpoint: str, limit: int | None, departures: list[str]
-) -> str:
+def _likely(number: Number, limit: int | None, departures: list[str]) -> str:
     """Why a full-precision row may be off, the surest first."""
     found = [*departures]
-    if number.verdict.startswith("no verdict: "):
-        found.append(number.verdict.removeprefix("no verdict: "))
+    if number.unit == "perplexity" and number.measured_as not in number.title:
+        found.append(f"measured as {number.measured_as}")
     if limit is not None:
         found.append(f"only the first {limit} items were measured")
-    if checkpoint != preset.target.hub and not departures:
-        found.append(f"other weights than {preset.target.hub}")
     generic = (
         "another tokenizer (a BOS, a fast one for a slow one), another text or task version, "
         "another context"

@@ -43,6 +43,8 @@ class Number(_Strict):
     """As the paper prints it."""
     source: str
     printed_error: str = ""
+    measured_as: str = ""
+    """The protocol it was measured by; "" where it was not measured."""
     reproduced: Metric | None = None
     """In the same unit; None where it was not measured. Over several seeds: their mean."""
     seeds: list[Metric] = []

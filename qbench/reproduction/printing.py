@@ -166,10 +166,8 @@ def _remarks(outcome: Outcome) -> Iterator[str]:
     told = ", ".join(f"{count} {_kind(name)}" for name, count in _kinds(outcome).items())
     yield f"{told}."
     yield f"Gate {outcome.gate.state}: {outcome.gate.sentence}."
-    if outcome.is_stand_in:
-        yield f"Measured on {outcome.checkpoint}, not on {outcome.hub}."
-    for departure in outcome.departures:
-        yield f"Not as in the paper: {departure}."
+    if outcome.departures:
+        yield f"Not as in the paper: {'; '.join(outcome.departures)}."
     for open_point in outcome.ambiguous:
         yield f"Left open by the paper: {open_point}."
     for row in outcome.not_expressed:
