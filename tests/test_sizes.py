@@ -122,7 +122,10 @@ def test_two_sizes_are_joined_and_the_note_says_why_no_law_is_fitted(store: Stor
     figure = draw(stored_entries(twins(store)), "loss-vs-size")
     (axes,) = figure.axes
     assert markers(axes)["o"] == [(5e5, pytest.approx(2.6)), (2e6, pytest.approx(2.1))]
-    assert markers(axes)["(4, 1, 0)"] == [(502e3, pytest.approx(2.85)), (2002e3, pytest.approx(2.35))]
+    assert markers(axes)["(4, 1, 0)"] == [
+        (502e3, pytest.approx(2.85)),
+        (2002e3, pytest.approx(2.35)),
+    ]
     segments = [list(line.get_ydata()) for line in labelled(axes, "_best")]
     assert sorted(segments) == [pytest.approx([2.6, 2.1]), pytest.approx([2.85, 2.35])]
     assert labelled(axes, "_law") == [] and "fitted power law" not in legend(figure)
