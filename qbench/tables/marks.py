@@ -1,9 +1,10 @@
 """What a table's differences are worth: marks of significance and intervals, on a finished sheet.
 
-``full-precision`` marks every number that is significantly worse (▼) or better (▲) than that of
-the full-precision row of its checkpoint, and calls no row the best. ``best`` sets in bold, with the
+``fp16`` marks every number that is significantly worse (▼) or better (▲) than that of the
+full-precision row of its checkpoint, and calls no row the best. ``best`` sets in bold, with the
 best row of each checkpoint and W/A, those that are not significantly worse: a lead that may be
-chance is shared. ``off`` says that the bold rows lead by their value alone.
+chance is shared, and where all share it nobody is marked. ``off`` says that the bold rows lead by
+their value alone.
 
 The family that Holm's correction covers is every comparison one table makes. A number that cannot
 be tested carries no mark but a footnote with the reason. Left out: tables whose rows hold several
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from qbench.comparison.entries import Entry
@@ -73,9 +74,11 @@ def with_significance(sheet: Sheet, store: Store, mode: str, seed: int = 0) -> S
     name = _WHOLE if mode == "fp16" else "the best row of its W/A"
     columns = _unmarked(sheet.columns) if mode == "fp16" else sheet.columns
     columns = [replace(column, cells=list(column.cells)) for column in columns]
+    if mode == "best":
+        _leave_out_alike(columns, verdicts)
     for pair, verdict in verdicts.items():
         cells = columns[pair.column].cells
-        cells[pair.row] = _marked(cells[pair.row], verdict, mode, name)
+        cells[pair.row] = _marked(cells[pair.row], cells[pair.reference], verdict, mode, name)
     remarks = _remarks(sheet, rows, list(verdicts.values()), mode)
     return replace(sheet, columns=columns, remarks=remarks)
 
@@ -142,7 +145,20 @@ def _unmarked(columns: Sequence[Column]) -> list[Column]:
     return [replace(c, cells=[replace(cell, best=False) for cell in c.cells]) for c in columns]
 
 
-def _marked(cell: Cell, verdict: Verdict, mode: str, name: str) -> Cell:
+def _leave_out_alike(columns: Sequence[Column], verdicts: Mapping[_Pair, Verdict]) -> None:
+    """Take the mark from the best of every group in which no row is significantly worse.
+
+    In place, on the lists of cells: a mark that every row has would say nothing.
+    """
+    leads = {(p.column, p.reference) for p, verdict in verdicts.items() if verdict.significant}
+    for pair in verdicts:
+        if (pair.column, pair.reference) not in leads:
+            cells = columns[pair.column].cells
+            for row in (pair.reference, pair.row):
+                cells[row] = replace(cells[row], best=False)
+
+
+def _marked(cell: Cell, leader: Cell, verdict: Verdict, mode: str, name: str) -> Cell:
     notes = list(cell.notes)
     if verdict.reason and cell.comparable:  # else the cell says already what differs
         notes.append(f"not tested against {name}: {verdict.reason}")
@@ -150,7 +166,7 @@ def _marked(cell: Cell, verdict: Verdict, mode: str, name: str) -> Cell:
         notes.append(f"tested against {name} in spite of {'; '.join(verdict.notes)}")
     best, text = cell.best, cell.text
     if mode == "best":
-        best = cell.best or (verdict.p is not None and not verdict.significant)
+        best = leader.best and (cell.best or (verdict.p is not None and not verdict.significant))
     elif verdict.significant:
         text = f"{text} {BETTER if verdict.better else WORSE}"
     return replace(cell, text=text, notes=tuple(notes), best=best, verdict=verdict)
@@ -163,7 +179,8 @@ def _remarks(
     family = _family(tested, len(verdicts) - len(tested))
     if mode == "best":
         return [
-            line.rstrip(".") + f", and those that are not significantly worse. {family}"
+            line.rstrip(".") + f", and those that are not significantly worse; none is marked "
+            f"where no row is significantly worse. {family}"
             if line.startswith(_BEST)
             else line
             for line in sheet.remarks
