@@ -62,6 +62,7 @@ function makeSortable(table) {
     const button = el("button", { type: "button" });
     button.append(...[...heading.childNodes].filter((node) => !notes.includes(node)));
     heading.replaceChildren(button, ...notes);
+    heading.dataset.label = button.innerText; // printed instead: headings of later pages lose buttons
     const first = heading.classList.contains("number") ? "descending" : "ascending";
     const second = first === "ascending" ? "descending" : "ascending";
     button.addEventListener("click", () => {
