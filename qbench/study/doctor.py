@@ -54,7 +54,8 @@ def _requirements(extra: str) -> Iterator[tuple[str, str]]:
         requirement = Requirement(text)
         marker = requirement.marker
         always = marker is None or marker.evaluate({"extra": ""})
-        if (always and not extra) or (extra and not always and marker.evaluate({"extra": extra})):
+        wanted = marker is None or marker.evaluate({"extra": extra})
+        if wanted and always == (not extra):
             yield requirement.name, str(requirement.specifier)
 
 
