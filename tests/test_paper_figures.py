@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PolyCollection
 from matplotlib.text import Text
 from PIL import Image
-from study_fixtures import BITNET_TASKS, add, bitnet_store, quantization
+from study_fixtures import BITNET_TASKS, add, bitnet_store, quantization, task
 
 from qbench.comparison import reference, shapes
 from qbench.comparison.layer_errors import place
@@ -83,6 +83,9 @@ def fill(store: Store) -> Store:
             score += 0.03 * step
             add(store, record, dict.fromkeys(BITNET_TASKS, score), {"c4@gptq-64": 3 / score})
             add(store, record, {"piqa": score - 0.1}, num_fewshot=4)
+            agreement = {"kl_divergence": 1 - score, "top1_agreement": score}
+            measured = task(record, "c4", agreement, protocol="agreement-64")
+            store.save_task(record.checkpoint, record.key, measured)
     store.save_quantization(
         quantization("fp-350M", "quip", "W1A8", status="not_applicable", parameters=350_000_000)
     )
@@ -347,6 +350,12 @@ def test_perplexities_that_diverged_are_grey_and_named(monkeypatch, tmp_path):
     assert {"inf", "NaN", "1.6e6", "4.8e4", "1032", "70.4", "16.1"} <= texts
 
 
+def test_a_heat_map_too_narrow_for_its_numbers_says_how_wide_it_must_be(twins, monkeypatch):
+    with pytest.raises(QBenchError, match=r"4 widths needs 2\.25 in, not 2\.2"):
+        figure(twins, "heatmap", monkeypatch, width_in=2.2)  # 0.07 x 7 + 0.1 + 4 x 0.25 + 0.65
+    figure(twins, "heatmap", monkeypatch, width_in=2.25)
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [(1.934, "1.93"), (70.43, "70.4"), (1032.2, "1032"), (4.8e4, "4.8e4"), (3.5e23, "4e23")],
@@ -438,7 +447,7 @@ def test_widths_are_read_as_people_write_them(text, expected):
     assert inches(text) == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize("text", ["wide", "3ft", "", "in", "0.5in", "nan", "2000"])
+@pytest.mark.parametrize("text", ["wide", "3ft", "", "in", "2in", "nan", "2000"])
 def test_other_widths_are_refused(text):
     with pytest.raises(QBenchError, match="in"):
         inches(text)
@@ -450,6 +459,15 @@ def test_kinds_without_published_points_or_axes_to_choose_say_so(kind, twins, mo
         figure(twins, kind, monkeypatch, against="bitnet-table3")
     with pytest.raises(QBenchError, match="--x"):
         figure(twins, kind, monkeypatch, x="effective_bits")
+
+
+def test_metrics_that_a_figure_does_not_show_are_refused(twins, monkeypatch):
+    for kind, metric in (
+        *(("bitnet-fig1", "perplexity"), ("bitnet-fig3", "acc_norm"), ("bitnet-fig6", "loss")),
+        *(("b158-fig2", "acc_norm"), ("b158-fig3", "perplexity"), ("layer-errors", "acc_norm")),
+    ):
+        with pytest.raises(QBenchError, match=metric):
+            figure(twins, kind, monkeypatch, metric=metric)
 
 
 def test_only_the_module_of_the_wanted_kind_is_loaded():

@@ -107,7 +107,7 @@ def _figure(
     panels = [panel for panel in panels if panel.points]
     if not panels:
         raise QBenchError(f"nothing to draw: {why}; measure more, or choose with --task")
-    with our_style():
+    with our_style(width_in):
         figure, grid, width = empty_figure(len(panels), width_in, share_y=accuracy)
         drawn = [axes for row in grid for axes in row]
         styles = _styles(panels)
@@ -156,7 +156,7 @@ def _draw_panel(
     _name_stars(axes, panel, places, scale)
     _draw_diverged(axes, panel, places, styles)
     axes.set_xlabel(_AXIS_LABELS[x])
-    axes.set_title(panel.title, fontsize=9)
+    axes.set_title(panel.title, fontsize="medium")
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.6, zorder=0)
 
 

@@ -72,7 +72,7 @@ def draw_against_size(
     panels = with_sizes(panels, "accuracies" if accuracy else "losses")
     about = [*size_caption(shown, panels, accuracy, metric), *left_out_line(left_out)]
     looks = family_looks(panels)
-    with our_style():
+    with our_style(width_in):
         figure, grid, width = empty_figure(len(panels), width_in, share_y=accuracy)
         drawn = [axes for row in grid for axes in row]
         for axes, panel in zip(drawn, panels, strict=True):
@@ -109,7 +109,7 @@ def draw_panel(
         for point in points:
             error = None if point.stderr is None else scale * point.stderr
             mark(axes, point.x, scale * point.y, error, _look(point, looks))
-    axes.set_title(panel.title, fontsize=9)
+    axes.set_title(panel.title, fontsize="medium")
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.6, zorder=0)
 
 

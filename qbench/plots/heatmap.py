@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _CELL_IN = 0.46  # inches that a printed number needs
+_LEAST_CELL_IN = 0.25  # with the smallest letters
+_BAR_IN = 0.65  # what the colour bar takes
 _ROW_IN = 0.24
 _SEEDS = "Means over seeds where there are several."
 _LARGEST_POWER = 15  # of ten: beyond it a perplexity says nothing more
@@ -116,7 +118,11 @@ def grid_of(panel: Panel, entries: Sequence[Entry], lower: bool) -> Grid:
 def draw_grids(
     grids: Sequence[Grid], accuracy: bool, about: Sequence[str], wanted: Wanted
 ) -> Figure:
-    """The figure of some grids, which share their colours."""
+    """The figure of some grids, which share their colours.
+
+    Raises:
+        QBenchError: for a width that leaves no room for the numbers.
+    """
     from matplotlib.figure import Figure
 
     n_columns = max(len(grid.columns) for grid in grids)
@@ -125,13 +131,20 @@ def draw_grids(
     width = wanted.width_in or max(3.25, min(len(grids), 2) * (own + 0.1) + 0.7)
     across = max(1, min(len(grids), int((width - 0.6) / own)))
     down = math.ceil(len(grids) / across)
+    cell_in = (width - _BAR_IN - across * names_in) / (across * n_columns)
+    if cell_in < _LEAST_CELL_IN:
+        least = names_in + n_columns * _LEAST_CELL_IN + _BAR_IN
+        raise QBenchError(
+            f"a heat map of {n_columns} widths needs {math.ceil(20 * least) / 20:.2f} in, not "
+            f"{width:g}; make it wider, or choose with --scheme"
+        )
     colours, label = _colours(grids, accuracy)
     about = [*about, *_remarks(grids)]
     with our_style(width):
         figure = Figure(layout="constrained")
         every = figure.subplots(down, across, squeeze=False)
         for axes, grid in zip(every.flat, grids, strict=False):
-            _draw_grid(axes, grid, colours, accuracy)
+            _draw_grid(axes, grid, colours, accuracy, 7 if cell_in > 0.29 else 6)
         for axes in list(every.flat)[len(grids) :]:
             axes.remove()
         drawn = list(every.flat)[: len(grids)]
@@ -154,7 +167,7 @@ def draw_grids(
 _BOX: dict[str, Any] = {"color": GREY, "markersize": 8}
 
 
-def _draw_grid(axes: Axes, grid: Grid, colours: Any, accuracy: bool) -> None:
+def _draw_grid(axes: Axes, grid: Grid, colours: Any, accuracy: bool, font: float) -> None:
     from matplotlib.patches import Rectangle
 
     axes.set_xlim(0, len(grid.columns))
@@ -177,7 +190,7 @@ def _draw_grid(axes: Axes, grid: Grid, colours: Any, accuracy: bool) -> None:
                 text = "" if hatch else "✕" if cell in grid.failed else "–"
                 ink = GREY
             axes.text(
-                across + 0.5, down + 0.5, text, ha="center", va="center", color=ink, fontsize=7
+                across + 0.5, down + 0.5, text, ha="center", va="center", color=ink, fontsize=font
             )
     in_two_lines = [label.replace("A", "\nA", 1) for label in grid.columns]
     axes.set_xticks([i + 0.5 for i in range(len(grid.columns))], in_two_lines)

@@ -24,7 +24,7 @@ from qbench.comparison.run_costs import TOKENS
 from qbench.comparison.savings import joules, savings
 from qbench.comparison.scaling import SAME_SIZE
 from qbench.comparison.sizes import average, role
-from qbench.errors import QBenchError
+from qbench.errors import QBenchError, unknown
 from qbench.plots.style import (
     FULL,
     GREY,
@@ -37,6 +37,7 @@ from qbench.plots.style import (
     trained_look,
 )
 from qbench.plots.wanted import Wanted
+from qbench.tables.table import METRICS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,8 +52,10 @@ def draw_bitnet_fig1(wanted: Wanted) -> Figure:
     """The figure: energy on the left where trained rows have twins, bits on the right.
 
     Raises:
-        QBenchError: for nothing to draw.
+        QBenchError: for another metric, or nothing to draw.
     """
+    if wanted.metric not in METRICS:
+        raise unknown("metric", wanted.metric, METRICS)
     measured, published = wanted.measured(), wanted.published()
     ratios = savings([*measured, *published], joules, "energy_ratio")
     panels = accuracy_panels(measured, "wbits")

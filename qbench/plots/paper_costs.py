@@ -39,6 +39,7 @@ from qbench.plots.style import (
 )
 from qbench.plots.wanted import Wanted
 from qbench.scheme import Scheme
+from qbench.tables.table import METRICS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,9 +62,9 @@ def draw_b158_fig2(wanted: Wanted) -> Figure:
     """Latency and memory saved against size.
 
     Raises:
-        QBenchError: where there is neither a twin nor a published point.
+        QBenchError: for a metric, or where there is neither a twin nor a published point.
     """
-    entries = [*wanted.measured(), *wanted.published()]
+    entries = _entries(wanted)
     latency = savings(entries, lambda _: None, "speedup")
     saved = savings(entries, memory, "memory_ratio")
     if not (latency or saved):
@@ -96,9 +97,9 @@ def draw_b158_fig3(wanted: Wanted) -> Figure:
     """Energy of one multiply-add by its parts, and of a whole forward pass against size.
 
     Raises:
-        QBenchError: where there is neither a twin nor a published point.
+        QBenchError: for a metric, or where there is neither a twin nor a published point.
     """
-    entries = [*wanted.measured(), *wanted.published()]
+    entries = _entries(wanted)
     printed = [p for p in savings(entries, lambda _: None, "energy_ratio") if p.published]
     whole = _stored(entries, "full precision")
     trained = {
@@ -125,6 +126,12 @@ def draw_b158_fig3(wanted: Wanted) -> Figure:
             legend.append(("computed for the papers' shapes", _full(hollow=True)))
         _finish(figure, grid, legend, about, width)
     return figure
+
+
+def _entries(wanted: Wanted) -> list[Entry]:
+    if wanted.metric != METRICS[0]:
+        raise QBenchError(f"{wanted.kind} shows costs, not {wanted.metric}; leave --metric out")
+    return [*wanted.measured(), *wanted.published()]
 
 
 def _draw_panel(axes: Axes, title: str, points: Sequence[Point]) -> None:

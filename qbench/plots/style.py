@@ -123,7 +123,7 @@ def inches(text: str) -> float:
     """A width as a person writes it: ``3.25in``, ``8cm``, ``84mm``, ``234pt``; plain is inches.
 
     Raises:
-        QBenchError: for anything else, and for widths under 1 or over 40 inches.
+        QBenchError: for anything else, and for widths under ``PANEL_IN`` or over 40 inches.
     """
     number = text.strip().lower().rstrip('abcdefghijklmnopqrstuvwxyz"').strip()
     unit = text.strip().lower().removeprefix(number).strip() or "in"
@@ -133,8 +133,9 @@ def inches(text: str) -> float:
         raise QBenchError(
             f"cannot read the width {text!r}; write 3.25in, 8cm, 84mm or 234pt"
         ) from None
-    if not 1 <= value <= 40:
-        raise QBenchError(f"a figure is 1 to 40 inches wide, not {text} ({value:g} in)")
+    if not PANEL_IN <= value <= 40:
+        limits = f"{PANEL_IN:g} to 40 inches"
+        raise QBenchError(f"a figure is {limits} wide to be legible, not {text} ({value:g} in)")
     return value
 
 
