@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from qbench.comparison.pairing import Measurement, NotPaired, pair
+from qbench.comparison.pairing import Measurement, pair
 from qbench.errors import QBenchError
 from qbench.record import Metric, QuantizationRecord, TaskRecord
 from qbench.reproduction import published as published_numbers
@@ -53,6 +53,8 @@ class Collector:
     """Tasks that could not be prepared, and why."""
     full_precision: Stored | None = None
     """What quantized rows are paired with."""
+    _bases: dict[str, Measurement] = field(default_factory=dict)
+    """Its items, by task."""
 
     def row(
         self, row: Row, cells: Sequence[Cell], measures: Sequence[Measure], gate: Gate | None
@@ -192,13 +194,13 @@ class Collector:
             return None
         store = self.bench.store
         try:
-            before = Measurement.read(store, base.run, base.tasks[task])
+            if task not in self._bases:
+                self._bases[task] = Measurement.read(store, base.run, base.tasks[task])
+            before = self._bases[task]
             after = Measurement.read(store, one.run, one.tasks[task])
             value = one.tasks[task].metrics[measure.metric].as_float()
             return paired_error(pair(before, after), measure, value)
-        except NotPaired:
-            return None
-        except QBenchError:  # no items are stored
+        except QBenchError:  # other items, or none that are stored
             return None
 
     def _reasons(self, row: Row, found: Reproduced) -> list[str]:
