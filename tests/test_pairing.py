@@ -10,7 +10,7 @@ from study_fixtures import quantization
 
 from qbench.comparison.pairing import Measurement, NotPaired, flips, pair, right
 from qbench.errors import QBenchError
-from qbench.record import CalibrationSpec
+from qbench.record import CalibrationSpec, Metric
 from qbench.study.store import Store
 
 FP16 = quantization()
@@ -166,14 +166,16 @@ def test_a_question_without_options_is_right_where_its_text_is_the_greedy_one():
 
 
 def test_an_accuracy_of_a_task_that_counts_otherwise_is_not_paired():
-    items = questions([0, 0, 0], n_options=1, gold=-1)
-    items["is_greedy"] = np.array([True, False, True])
-    record = of(items)
-    record.task.metrics["acc"].value = 1 / 3  # as if the task had looked at something else
-    with pytest.raises(NotPaired, match="does not follow from the stored items"):
-        pair(record, of(items))
-    record.task.metrics["acc"].value = 2 / 3
-    assert len(pair(record, record).a) == 3
+    """LAMBADA by another rule, and TruthfulQA's mc2, whose acc is a share of probability."""
+    without_options = questions([0, 0, 0], n_options=1, gold=-1)
+    without_options["is_greedy"] = np.array([True, False, True])
+    for items, stored in ((without_options, 2 / 3), (questions([0, 1, 0]), 2 / 3)):
+        record, other = of(items), of(items)
+        for measurement, value in ((record, stored), (other, 0.41)):
+            measurement.task.metrics = {"acc": Metric.of(value)}
+        with pytest.raises(NotPaired, match="does not follow from the stored items"):
+            pair(record, other)
+        assert len(pair(record, record).a) == len(items["option"])
 
 
 def test_a_nan_log_probability_is_no_answer():

@@ -10,8 +10,10 @@ Left out: tests (:mod:`qbench.comparison.statistics`), and the texts, which are 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from qbench.errors import QBenchError, unknown
@@ -73,16 +75,25 @@ class Measurement:
         """Whether the items are windows of a text rather than questions."""
         return "window" in self.items
 
-    @property
+    @cached_property
     def follows(self) -> bool:
-        """Whether the accuracy is that of :func:`right`; a task without options may define its own.
+        """Whether the stored accuracies are those of :func:`right`; a task may define its own.
 
-        True of windows, and of tasks that have none.
+        TruthfulQA's mc2 calls a share of probability ``acc``. True of windows.
         """
-        if self.of_windows or "acc" not in self.task.metrics or not _greedy(self.items):
+        if self.of_windows:
             return True
-        greedy = float(self.items["is_greedy"].mean())
-        return abs(greedy - self.task.metrics["acc"].as_float()) < 1e-9
+        items = _in_order(self.items)
+        for name, stored in self.task.metrics.items():
+            value = stored.as_float()
+            if name in SCORES and math.isfinite(value):
+                try:
+                    own = float(right(items, name).mean())
+                except NotPaired:  # NaN: said where it matters
+                    continue
+                if abs(own - value) > 1e-9:
+                    return False
+        return True
 
 
 @dataclass(frozen=True)
@@ -262,7 +273,8 @@ def _common(
     shared = a[item].drop_duplicates().merge(b[item].drop_duplicates(), on=item)
     first, second = a.merge(shared, on=item), b.merge(shared, on=item)
     both = first[keys].merge(second, on=keys)
-    if not len(first) == len(second) == len(both):
+    same = len(first) == len(second) == len(both)
+    if not (same and all((first[k].to_numpy() == both[k].to_numpy()).all() for k in keys)):
         raise NotPaired("some questions have other options in the two")
     return first, both
 
@@ -270,6 +282,18 @@ def _common(
 def _greedy(items: DataFrame) -> bool:
     """Whether the questions have no options: none of them has a right one."""
     return not items["gold"].to_numpy(dtype=bool).any()
+
+
+def _in_order(items: DataFrame) -> DataFrame:
+    """The rows with the options of each question together, from 0 on."""
+    options = items["option"].to_numpy()
+    if (
+        len(options)
+        and options[0] == 0
+        and ((options[1:] - options[:-1] == 1) | (options[1:] == 0)).all()
+    ):
+        return items
+    return items.sort_values([*_QUESTION, "option"], ignore_index=True)
 
 
 def _starts(items: DataFrame) -> ndarray:
