@@ -85,8 +85,14 @@ def dequantize(codes: Tensor, zeros: Tensor, scales: Tensor, groups: Tensor) -> 
         scales: like ``zeros``.
         groups: group of every input, (in_features,).
     """
-    weight = codes.float().sub_(zeros.float()[groups])
-    return weight.mul_(scales.float()[groups]).T.contiguous()
+    weight = codes.T.contiguous().float()  # turned while a code is a byte
+    offset, step = zeros.T.float(), scales.T.float()
+    size = len(groups) // len(zeros)
+    if torch.equal(groups, torch.arange(len(zeros)).repeat_interleave(size)):
+        grouped = weight.unflatten(1, (-1, size))
+        grouped.sub_(offset.unsqueeze(-1)).mul_(step.unsqueeze(-1))
+        return weight
+    return weight.sub_(offset[:, groups]).mul_(step[:, groups])
 
 
 class _Files:
