@@ -129,11 +129,16 @@ def known_store(root: Path, hostile: bool = False) -> Store:
     return store
 
 
-def planted_difference(root: Path, lost: int, won: int, n: int = 300) -> Store:
-    """Full precision and one method on ``n`` questions, of which so many are lost and won."""
+def planted_difference(
+    root: Path, lost: int, won: int, n: int = 300, right: int | None = None
+) -> Store:
+    """Full precision and one method on ``n`` questions, of which so many are lost and won.
+
+    Full precision is right on ``right`` of them, or on all that are not won.
+    """
     store = Store(root)
-    kept = set(range(won + lost, n))
-    for baseline, scheme, right in (
+    kept = set(range(won + lost, n if right is None else won + right))
+    for baseline, scheme, own in (
         ("none", "W16A16", kept | set(range(won, won + lost))),
         ("rtn", "W4A16:w=channel,grid=asym", kept | set(range(won))),
     ):
@@ -142,13 +147,13 @@ def planted_difference(root: Path, lost: int, won: int, n: int = 300) -> Store:
         rows = [
             {
                 "doc_id": i, "doc_hash": f"{i:016d}", "option": option,
-                "loglikelihood": -1.0 if (option == 0) == (i in right) else -2.0,
+                "loglikelihood": -1.0 if (option == 0) == (i in own) else -2.0,
                 "n_tokens": 1, "n_characters": 1, "is_greedy": False, "gold": option == 0,
             }
             for i in range(n) for option in (0, 1)
         ]  # fmt: skip
         columns = {name: [row[name] for row in rows] for name in rows[0]}
-        metric = Metric.of(len(right) / n, 0.02)
+        metric = Metric.of(len(own) / n, 0.02)
         measured = task(record, "piqa", n_items=n).model_copy(update={"metrics": {"acc": metric}})
         store.save_task("model", record.key, measured, columns)
     return store

@@ -241,6 +241,13 @@ def test_a_difference_of_a_few_points_is_told_by_its_paired_test(tmp_path, lost,
     assert verdict in sentences(page)
 
 
+def test_a_model_that_guesses_is_said_to_show_no_loss(tmp_path):
+    """154 of 300 is 51.3 %, the made-up standard error 2 points, and guessing 50 %."""
+    text = sentences(Page(html_of(planted_difference(tmp_path, 3, 146, right=154))))
+    assert "That is within two standard errors of guessing: these tasks show no loss here." in text
+    assert "no loss is found" not in text
+
+
 def test_warnings_name_what_failed_fell_back_or_diverged(page):
     text = sentences(page)
     assert "Failed (the hessian is not finite): quip W2A16 on model." in text

@@ -83,7 +83,8 @@ class Comparisons:
         return (
             f"Paired tests ({tests}) of the mean over tasks, on up to "
             f"{max(verdict.n for verdict in made):,} questions that both rows answered; Holm's "
-            f"correction over the {len(made)} comparisons of these sentences, level {LEVEL:g}."
+            f"correction over the {len(made)} comparison{'s' if len(made) > 1 else ''} of these "
+            f"sentences, level {LEVEL:g}."
         )
 
 
@@ -149,6 +150,10 @@ class _Story:
             self._link(self.full, "Full precision"),
             f" answers {_percent(self.full.y)} right {over}{guess}.",
         )
+        error = self.full.stderr
+        if chance is not None and error is not None and self.full.y - chance < 2 * error:
+            blind = "That is within two standard errors of guessing: these tasks show no loss here."
+            return [start, (blind,)]
         verdicts = [(g[0], self.tests.p(self.full, g[0])) for g in self.widths.values()]
         kept = [b for b, p in verdicts if p is not None and (p >= LEVEL or b.y >= self.full.y)]
         if not kept:
