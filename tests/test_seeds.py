@@ -471,6 +471,31 @@ def test_rows_of_several_seeds_are_tested_on_all_of_them(answered):
     assert float(line["value"]) == pytest.approx((2 / 4 + 0) / 2)
 
 
+def test_a_number_that_a_seed_lacks_is_tested_and_counted_on_the_seeds_that_have_it(answered):
+    """A third seed of QuIP has piqa alone: 2 of 4 flips; boolq stays that of two seeds."""
+    calibration = CalibrationSpec(seed=2)
+    scheme = "W2A16:w=tensor,grid=rms"
+    record = quantization(baseline="quip", scheme=scheme, calibration=calibration, seed=2)
+    save(answered, record, {"piqa": questions([0, 3, 1, 3])})
+    lines = numbers(table(answered, format="csv", significance="fp16"))
+    tested = [x for x in lines if x["baseline"] == "quip" and x["p"] != ""]
+    assert [(x["task"][:4], x["n_seeds"]) for x in tested] == [
+        ("bool", "2"), ("piqa", "3"), ("mean", ""),
+    ]  # fmt: skip
+    assert "could not be tested" not in table(answered, significance="fp16")
+    row = {row["Method"]: row for row in cells(table(answered, flips=True))}["quip (3 seeds)"]
+    assert row["Flips"] == f"{100 * ((1 + 4 + 2) / 12 + 2 / 4) / 2:.1f}"
+
+
+def test_a_mean_over_tasks_that_lack_different_seeds_has_no_spread(three):
+    seeded(three, 3, {"piqa": 0.7})
+    seeded(three, 4, {"boolq": 0.5})
+    _, row = stored_entries(three)
+    piqa, boolq = row.cells["piqa", ""], row.cells["boolq", ""]
+    assert len(piqa.draws) == len(boolq.draws) == 4
+    assert mean_of([piqa, boolq]).draws == ()
+
+
 def test_the_largest_overlap_of_all_seeds_with_the_tested_text_is_told_once(tmp_path):
     store = Store(tmp_path)
     add(store, quantization(), perplexity={"wikitext2@gptq-64": 5.0})

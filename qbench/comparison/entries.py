@@ -59,6 +59,8 @@ class Measured:
     """What a mean is over."""
     draws: tuple[float, ...] = ()
     """The number of every seed, where the value is their mean (:mod:`qbench.comparison.seeds`)."""
+    runs: tuple[str, ...] = ()
+    """In a row of several seeds, the runs that have this number."""
 
     @property
     def lower_is_better(self) -> bool:
@@ -216,7 +218,7 @@ def mean_of(numbers: Sequence[Measured]) -> Measured:
     complete = len(errors) == len(numbers)
     chances = [number.chance for number in numbers if number.chance is not None]
     metrics = sorted({number.metric for number in numbers})
-    seeds = {len(number.draws) for number in numbers}
+    seeds = {(number.runs, len(number.draws)) for number in numbers}
     draws = [sum(own) / len(numbers) for own in zip(*(n.draws for n in numbers), strict=False)]
     return Measured(
         task="mean of " + ", ".join(number.task for number in numbers),

@@ -129,6 +129,7 @@ def _number(group: list[Entry], key: Key) -> Measured:
         stderr=_mean([number.stderr for number in numbers]),
         also={name: _both([number.also[name] for number in numbers]) for name in names},
         draws=tuple(float(number.value or 0.0) for number in numbers) if len(numbers) > 1 else (),
+        runs=tuple(entry.facts["run"] for entry, _ in alike),
         conditions=most.conditions,
         notes=tuple(dict.fromkeys(note for note in notes if note not in lesser)),
     )

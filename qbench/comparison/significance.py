@@ -172,7 +172,8 @@ def _parts(a: Number, b: Number) -> list[tuple[Number, Number]]:
     if [part.task for part in ours] != [part.task for part in theirs]:
         raise NotPaired("the two are means over other tasks")
     return [
-        (Number(a.runs, one), Number(b.runs, two)) for one, two in zip(ours, theirs, strict=True)
+        (Number(one.runs or a.runs, one), Number(two.runs or b.runs, two))
+        for one, two in zip(ours, theirs, strict=True)
     ]
 
 

@@ -74,19 +74,22 @@ def _cell(
     tester: Tester, whole: Entry, row: Entry, numbers: Sequence[tuple[Measured | None, ...]]
 ) -> Cell:
     """The mean over tasks, for each seed and over the seeds."""
-    runs = row.facts.get("runs") or (row.facts["run"],)
+    every = row.facts.get("runs") or (row.facts["run"],)
+    runs = [(own.runs if own else ()) or every for _, own in numbers]
     try:
-        draws = [
-            sum(_share(tester, whole, run, *both) for both in numbers) / len(numbers)
-            for run in runs
+        shares = [
+            [_share(tester, whole, run, *both) for run in of_task]
+            for both, of_task in zip(numbers, runs, strict=True)
         ]
     except QBenchError as error:
         return Cell(MISSING, (f"no flips of {row.method} {row.facts['label']}: {error}",))
+    alike = len(set(runs)) == 1  # else the seeds of one task are not those of another
+    draws = [sum(own) / len(own) for own in zip(*shares, strict=True)] if alike else []
     number = Measured(
         task="mean over the tasks",
         kind="agreement",
         metric="flips",
-        value=sum(draws) / len(draws),
+        value=sum(sum(own) / len(own) for own in shares) / len(shares),
         draws=tuple(draws) if len(draws) > 1 else (),
     )
     return Cell(with_spread(accuracy_text(number.value or 0.0), number), measured=number)

@@ -105,7 +105,7 @@ def _number(sheet: Sheet, column: int, row: int) -> Number:
     measured = sheet.columns[column].cells[row].measured
     assert measured is not None
     facts = sheet.facts[row]
-    runs = facts.get("runs") or [facts.get("run")]
+    runs = measured.runs or facts.get("runs") or [facts.get("run")]
     return Number(tuple(run for run in runs if run), measured)
 
 
