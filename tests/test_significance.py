@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 from items_fixtures import questions, save, windows
-from study_fixtures import add, bitnet_store, cells, numbers, quantization
+from study_fixtures import add, bitnet_store, cells, numbers, quantization, task
 
 from qbench.comparison import significance
 from qbench.comparison.entries import entries
@@ -183,6 +183,34 @@ def test_a_checkpoint_without_its_full_precision_row_is_not_tested(store):
     text = table(store, significance="fp16", baselines=["rtn", "gptq"])
     assert "Not tested, as no full-precision row of it is shown: opt-6.7b." in text
     assert "No comparison could be tested." in text
+
+
+def test_distances_from_full_precision_are_not_tested_against_it(tmp_path):
+    store = Store(tmp_path)
+    for record, kl in ((FP16, 0.0), (RTN, 0.3), (GPTQ, 0.1)):
+        draw = np.random.default_rng(3).normal(10 * kl, kl / 10, 16)
+        items = windows(60 + draw) | {"kl": draw, "n_agreeing": np.full(16, 31 - round(10 * kl))}
+        save(store, record, {"wikitext2": items})
+        found = {"kl_divergence": draw.sum() / 496, "top1_agreement": 1 - round(10 * kl) / 31}
+        agreement = task(record, "wikitext2", found, n_items=16, protocol="agreement-32")
+        store.save_task(record.checkpoint, record.key, agreement, items)
+    text = table(store, significance="fp16")
+    assert "the 2 comparisons of this table" in text  # the perplexities
+    assert "are distances from that row themselves, and are not tested" in text
+    rows = cells(text)
+    assert not any("▼" in row[name] for row in rows for name in row if "agreement" in name)
+    best = cells(table(store, significance="best"))
+    assert [row["KL wikitext2 agreement-32"][:2] for row in best] == ["0", "**", "0."]
+
+
+def test_other_weights_of_the_same_name_are_no_reference(tmp_path):
+    store = Store(tmp_path)
+    save(store, FP16, {"piqa": answers(0)})
+    other = RTN.model_copy(update={"key": RTN.key.model_copy(update={"weights": "f" * 64})})
+    save(store, other, {"piqa": answers(60)})
+    text = table(store, significance="fp16")
+    assert "No comparison could be tested." in text
+    assert f"no full-precision row of it is shown: {FP16.checkpoint}." in text
 
 
 def test_the_csv_has_p_before_and_after_the_correction(store):

@@ -119,12 +119,28 @@ def _shown(column: Column, rows: Sequence[Entry]) -> Iterator[tuple[int, Entry, 
 
 def _against_whole(sheet: Sheet, rows: Sequence[Entry]) -> Iterator[_Pair]:
     for place, column in enumerate(sheet.columns):
+        if _is_distance(column):
+            continue
         shown = list(_shown(column, rows))
-        wholes = {e.facts["checkpoint"]: i for i, e, _ in reversed(shown) if e.full_precision}
+        wholes = {_weights(e): i for i, e, _ in reversed(shown) if e.full_precision}
         for index, entry, _ in shown:
-            reference = wholes.get(entry.facts["checkpoint"])
+            reference = wholes.get(_weights(entry))
             if reference is not None and not entry.full_precision:
                 yield _Pair(place, reference, index)
+
+
+def _is_distance(column: Column) -> bool:
+    """Whether a column says how far rows are from full precision: its own row has no more to say.
+
+    That 0 divergence differs from all others is no finding, and would cost the others power.
+    """
+    kinds = {cell.measured.kind for cell in column.cells if cell.measured is not None}
+    return bool(kinds & {"divergence", "agreement"})
+
+
+def _weights(entry: Entry) -> tuple[object, object]:
+    """Checkpoints of one name may hold other weights."""
+    return entry.facts["checkpoint"], entry.facts.get("weights")
 
 
 def _against_best(sheet: Sheet, rows: Sequence[Entry]) -> Iterator[_Pair]:
@@ -189,8 +205,10 @@ def _remarks(
     kept.append(
         f"{WORSE} significantly worse, {BETTER} significantly better than {_WHOLE}. {family}"
     )
-    whole = {entry.facts["checkpoint"] for entry in rows if entry.full_precision}
-    own = [e for e in rows if e.source == "measured" and e.facts["checkpoint"] not in whole]
+    if any(map(_is_distance, sheet.columns)):
+        kept.append("KL and top-1 are distances from that row themselves, and are not tested.")
+    whole = {_weights(entry) for entry in rows if entry.full_precision}
+    own = [e for e in rows if e.source == "measured" and _weights(e) not in whole]
     without = dict.fromkeys(str(entry.facts["checkpoint"]) for entry in own)
     if without:
         kept.append(f"Not tested, as no full-precision row of it is shown: {', '.join(without)}.")
