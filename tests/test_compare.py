@@ -126,6 +126,39 @@ def test_of_several_measurements_of_a_task_those_made_alike_are_compared(store):
     assert all(not change.notes for change in found)
 
 
+def test_several_measurements_of_a_task_are_told_apart(store):
+    """0-shot alike, 4-shot in another encoding, and 8-shot that one run alone has."""
+    items = answers_of(50, [3])
+    for record, shots, encoding in (
+        *((FP16, 4, "joint"), (GPTQ, 4, "lmeval03"), (GPTQ, 8, "joint")),
+    ):
+        of = measured(record, "piqa", items, num_fewshot=shots, encoding=encoding, seed=1234)
+        store.save_task(record.checkpoint, record.key, of, items)
+    found = compare(*sides(store, "opt-6.7b/W16A16", "gptq"), tasks=["piqa"])
+    assert [change.told for change in found.changes] == ["0-shot", "4-shot"]
+    assert [flipped.told for flipped in found.flips] == ["0-shot"]
+    assert found.only_b == ["piqa (8-shot)"]
+    settings = {row.name: (row.a, row.b) for row in found.settings}
+    assert settings["piqa (4-shot).encoding"] == ("joint", "lmeval03")
+    text = compare_text(store.root, "opt-6.7b/W16A16", "gptq", tasks=["piqa"])
+    assert "piqa (0-shot): of 50 questions" in text
+
+
+def test_answers_that_are_all_alike_have_no_interval(store):
+    other = quantization(baseline="rtn", scheme="W4A16:w=channel,grid=asym")
+    save(store, other, {"piqa": answers_of(50, [0, 1]), "wikitext2": windows(LOSSES)})
+    found = compare(*sides(store, "opt-6.7b/W16A16", "rtn")).changes
+    assert [(c.difference, c.low, c.high, c.p) for c in found] == [(0.0, None, None, 1.0)] * 2
+
+
+def test_a_perplexity_beyond_all_numbers_is_no_crash(store):
+    other = quantization(baseline="rtn", scheme="W4A16:w=channel,grid=asym")
+    with np.errstate(over="ignore"):
+        save(store, other, {"wikitext2": windows(LOSSES + 31 * 800.0)})
+    (loss,) = compare(*sides(store, "opt-6.7b/W16A16", "rtn")).changes
+    assert loss.difference == pytest.approx(math.exp(709.0))
+
+
 def test_changed_answers_come_with_the_largest_change_first(store):
     items = answers_of(50, range(1, 8))
     items["loglikelihood"][4 * 5 + 1] = -0.1  # the wrong answer to question 5 is surer

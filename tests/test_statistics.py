@@ -191,9 +191,10 @@ def test_five_windows_that_are_all_worse_are_no_proof_though_the_bootstrap_says_
     assert sign_flips(np.subtract(b, a)) == 2 / 2**5
 
 
-def test_two_equal_models_have_an_interval_of_nothing():
+def test_items_that_do_not_differ_are_no_certainty_that_none_would():
     found = paired_bootstrap([1.0, 2.0, 3.0], [1.0, 2.0, 3.0])
-    assert (found.difference, found.low, found.high, found.p) == (0.0, 0.0, 0.0, 1.0)
+    assert (found.difference, found.low, found.high, found.p) == (0.0, None, None, 1.0)
+    assert found.reason == "no item differs"
 
 
 @pytest.mark.parametrize(

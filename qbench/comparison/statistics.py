@@ -188,6 +188,8 @@ def paired_bootstrap(
     value = float(gap.sum()) / total if total else math.nan
     if not (np.isfinite(gap).all() and math.isfinite(value)):
         return Bootstrap(len(gap), value, None, None, None, NOT_FINITE if len(gap) else "no items")
+    if len(gap) and not gap.any():  # from 0 to 0 would claim to be certain
+        return Bootstrap(len(gap), 0.0, None, None, 1.0, "no item differs")
     if len(gap) < 2:
         return Bootstrap(len(gap), value, None, None, None, "a single item has no spread")
     found = _resampled(gap, share, np.random.default_rng(seed), n)

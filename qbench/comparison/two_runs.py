@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from qbench.comparison.circumstances import OVERLAP
+from qbench.comparison.entries import say
 from qbench.comparison.pairing import SCORES, Measurement, Paired, flips, pair, right
 from qbench.comparison.significance import MCNEMAR, RANDOMIZATION
 from qbench.comparison.statistics import (
-    NOT_FINITE,
     Unpaired,
     holm,
     mcnemar,
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 ABSENT = "–"
+_TOLD = {name: name for name in ("num_fewshot", "limit", "encoding", "dtype", "max_length")}
+_TOLD |= {"seed": "fewshot_seed", "version": "task_version"}
+"""Field of a task's key -> the condition it is."""
 _RATIO = ("perplexity",)
 """Metrics that are compared by their quotient: exponentials of a mean loss."""
 
@@ -65,6 +68,10 @@ class Change:
     metric: str
     a: Metric
     b: Metric
+    of: str = ""
+    """Digest of the key of a's measurement."""
+    told: str = ""
+    """What tells it from the task's other measurements: "4-shot"; "" where there is one."""
     n: int = 0
     """Items both have."""
     difference: float | None = None
@@ -99,6 +106,8 @@ class Flips:
     """Kind of change -> how many."""
     items: DataFrame
     """Those that changed, the largest change of margin first (:func:`pairing.flips`)."""
+    told: str = ""
+    """What tells it from the task's other measurements."""
 
 
 @dataclass(frozen=True)
@@ -147,15 +156,18 @@ def compare(
         own, flipped = _measured((a, one), (b, two), metric, seed)
         changes += own
         changed += [flipped] if flipped else []
+    told = _told(first, second)
+    changes = [replace(change, told=told[change.of]) for change in changes]
+    changed = [replace(flipped, told=told[flipped.task.key.digest()]) for flipped in changed]
     adjusted = holm([change.p for change in changes])
     return TwoRuns(
         a,
         b,
-        _settings(a.run, b.run, couples),
+        _settings(a.run, b.run, couples, told),
         [replace(change, adjusted=p) for change, p in zip(changes, adjusted, strict=True)],
         changed,
-        [_called(task) for task in first if all(task is not one for one, _ in couples)],
-        [_called(task) for task in second if all(task is not two for _, two in couples)],
+        [_called(t, told) for t in first if all(t is not one for one, _ in couples)],
+        [_called(t, told) for t in second if all(t is not two for _, two in couples)],
     )
 
 
@@ -202,6 +214,7 @@ def _measured(
             *(one.key.task, one.key.protocol, name),
             one.metrics.get(name, missing),
             two.metrics.get(name, missing),
+            of=one.key.digest(),
         )
         for name in shown
     ]
@@ -248,12 +261,12 @@ def _tested(change: Change, paired: Paired, seed: int) -> Change:
         return replace(change, reason=f"there is no paired test for {name or 'it'}", notes=notes)
     a, b = (items[column].to_numpy(dtype=float) for items in (paired.a, paired.b))
     spread = paired_bootstrap(a, b, paired.a["n_tokens"].to_numpy(dtype=float), seed=seed)
-    p = sign_flips(b - a, seed) if not spread.reason else None
-    if spread.reason == NOT_FINITE or p is None:
-        return replace(change, n=spread.n, reason=spread.reason or NOT_FINITE, notes=notes)
+    p = sign_flips(b - a, seed) if spread.p is not None else None
+    if p is None:
+        return replace(change, n=spread.n, reason=spread.reason, notes=notes)
     ends = [spread.difference, spread.low, spread.high]
-    if change.relative:
-        ends = [None if end is None else math.expm1(end) for end in ends]
+    if change.relative:  # beyond e^709 is infinite
+        ends = [None if end is None else math.expm1(min(end, 709.0)) for end in ends]
     return replace(
         change,
         n=spread.n,
@@ -278,7 +291,12 @@ def _flipped(paired: Paired, task: TaskRecord, metric: str) -> Flips | None:
     return Flips(task, metric, len(every), {str(k): int(v) for k, v in counts.items()}, changed)
 
 
-def _settings(a: Run, b: Run, couples: Sequence[tuple[TaskRecord, TaskRecord]]) -> list[Setting]:
+def _settings(
+    a: Run,
+    b: Run,
+    couples: Sequence[tuple[TaskRecord, TaskRecord]],
+    told: Mapping[str, str],
+) -> list[Setting]:
     """Whatever was chosen differently, or differed where the runs were made."""
     one, two = _of_run(a), _of_run(b)
     for first, second in couples[:1]:
@@ -287,8 +305,9 @@ def _settings(a: Run, b: Run, couples: Sequence[tuple[TaskRecord, TaskRecord]]) 
     for first, second in couples:
         for name in type(first.key).model_fields:
             if name not in ("quantization", "task"):
-                one[f"{_called(first)}.{name}"] = _text(getattr(first.key, name))
-                two[f"{_called(second)}.{name}"] = _text(getattr(second.key, name))
+                called = f"{_called(first, told)}.{name}"
+                one[called] = _text(getattr(first.key, name))
+                two[called] = _text(getattr(second.key, name))
     return [
         Setting(name, one.get(name, ABSENT), two.get(name, ABSENT))
         for name in dict.fromkeys([*one, *two])
@@ -326,6 +345,31 @@ def _text(value: Any) -> str:
     return text[:12] if len(text) == 64 and text.isalnum() else text  # a hash
 
 
-def _called(task: TaskRecord) -> str:
+def _name(task: TaskRecord) -> str:
     accuracy = task.key.protocol == "lm-eval"
     return task.key.task if accuracy else f"{task.key.task}@{task.key.protocol}"
+
+
+def _called(task: TaskRecord, told: Mapping[str, str]) -> str:
+    own = told[task.key.digest()]
+    return f"{_name(task)} ({own})" if own else _name(task)
+
+
+def _told(*sides: Sequence[TaskRecord]) -> dict[str, str]:
+    """Digest of every measurement -> what tells it from the others that its run has of the task."""
+    found: dict[str, str] = {}
+    for name in {_name(task) for side in sides for task in side}:
+        own = [[task for task in side if _name(task) == name] for side in sides]
+        several = max(map(len, own)) > 1
+        tasks = [task for side in own for task in side]
+        varying: list[str] = []
+        for field in _TOLD if several else ():
+            if len({getattr(task.key, field) for task in tasks}) > 1:
+                varying.append(field)
+            values = [{tuple(getattr(t.key, f) for f in varying) for t in side} for side in own]
+            if list(map(len, values)) == list(map(len, own)):  # enough is said
+                break
+        for task in tasks:
+            words = [say(_TOLD[field], getattr(task.key, field)) for field in varying]
+            found[task.key.digest()] = ", ".join(words)
+    return found

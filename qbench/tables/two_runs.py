@@ -174,7 +174,8 @@ def _notes(row: Change) -> tuple[str, ...]:
 
 
 def _task(row: Change) -> str:
-    return row.task if row.protocol == "lm-eval" else f"{row.task}@{row.protocol}"
+    name = row.task if row.protocol == "lm-eval" else f"{row.task}@{row.protocol}"
+    return f"{name} ({row.told})" if row.told else name
 
 
 def _value(row: Change, number: Metric) -> str:
@@ -210,7 +211,8 @@ def _p(p: float | None) -> str:
 
 def _flips(changed: Flips, limit: int, texts: ItemTexts | str | None, width: int) -> str:
     counts = [f"{changed.counts[k]} {_arrow(k)}" for k in _ALTERNATIVES if changed.counts.get(k)]
-    title = f"{changed.task.key.task}: of {changed.n} questions "
+    told = f" ({changed.told})" if changed.told else ""
+    title = f"{changed.task.key.task}{told}: of {changed.n} questions "
     title += ", ".join(counts) if counts else "none is answered differently"
     shown = changed.items.head(limit).to_dict("records")
     if not shown:
