@@ -9,7 +9,7 @@ from items_fixtures import measured, questions
 from study_fixtures import cells, quantization
 
 from qbench.comparison.frame import frame
-from qbench.evaluation.overlap import RUN, shared_tokens
+from qbench.evaluation.overlap import RUN, overlap, shared_tokens
 from qbench.record import CalibrationSpec
 from qbench.study.store import Store
 from qbench.tables.table import table
@@ -111,6 +111,20 @@ def test_a_run_across_two_windows_or_two_rows_is_no_overlap():
     assert shared_tokens([text[:5], text[5:]], [text[3:7].tolist()], run=4) == (0, 4)
     assert shared_tokens([text], [text[:2].tolist(), text[2:4].tolist()], run=4) == (0, 4)
     assert shared_tokens([text], [text[3:7].tolist()], run=4) == (4, 4)
+
+
+@pytest.mark.parametrize(("seqlen", "found"), [(64, 0.8), (32, 0.8), (24, None)])
+def test_short_calibration_windows_are_looked_for_as_a_whole(seqlen, found):
+    """Four of five windows of the text were calibrated on; below 25 tokens nobody can tell."""
+    text = np.random.default_rng(0).integers(0, 500, 5 * seqlen)
+    assert overlap(text.reshape(5, seqlen)[:4], [text.tolist()]) == found
+
+
+def test_of_questions_that_are_too_short_no_share_is_known():
+    text = np.arange(200).reshape(2, 100)
+    assert overlap(text, [range(40), range(7)]) is None
+    assert overlap(text, []) is None
+    assert overlap(text, [range(60), range(900, 940)]) == 0.6
 
 
 def test_nothing_is_shared_with_nothing():

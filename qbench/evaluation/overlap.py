@@ -17,8 +17,27 @@ from typing import Any
 import numpy as np
 
 RUN = 50
-"""Tokens in a row that make an overlap."""
+"""Tokens in a row that make an overlap; all of a calibration window that is shorter."""
+LEAST = 25
+"""Windows of fewer tokens are phrases, and not looked at."""
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no power of it vanishes modulo 2^64
+
+
+def overlap(calibration: Any, rows: Iterable[Sequence[int]]) -> float | None:
+    """The share of the evaluated tokens that stand in the calibration text too.
+
+    Args:
+        calibration: windows of token ids, (nsamples, seqlen), an array or a tensor.
+        rows: token ids of what is evaluated.
+
+    Returns:
+        A share with four decimals; None where the windows, or all rows, are too short to tell.
+    """
+    run, texts = min([RUN, *map(len, calibration)]), list(rows)
+    if run < LEAST or run > max(map(len, texts), default=0):
+        return None
+    shared, total = shared_tokens(calibration, texts, run)
+    return round(shared / total, 4)
 
 
 def shared_tokens(

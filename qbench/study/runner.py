@@ -59,7 +59,7 @@ class Workbench:
     ) -> None:
         self.checkpoint, self.settings, self.store = checkpoint, settings, store
         self._prepared = {} if prepared is None else prepared
-        self._overlaps: dict[tuple[str | None, TaskSpec], float] = {}
+        self._overlaps: dict[tuple[str | None, TaskSpec], float | None] = {}
         self.texts = CalibrationTexts(
             lambda: self.tokenizer, lambda: self.context, settings.options.data_dir
         )
@@ -331,17 +331,16 @@ class Workbench:
         self.store.save_task(self.checkpoint.name, plan.key, record, items)
         return record
 
-    def _overlap(self, plan: CellPlan, spec: TaskSpec) -> dict[str, float]:
+    def _overlap(self, plan: CellPlan, spec: TaskSpec) -> dict[str, float | None]:
         """The share of a task's tokens that stand in the text its method was calibrated on."""
         if plan.key.calibration is None:
             return {}
-        from qbench.evaluation.overlap import shared_tokens
+        from qbench.evaluation.overlap import overlap
 
         key = (plan.key.calibration.tokens, spec)
         if key not in self._overlaps:
             windows = self.texts.windows(self.settings.calibration_of(plan.cell))
-            shared, total = shared_tokens(windows, self.prepared(spec).token_rows())
-            self._overlaps[key] = round(shared / max(total, 1), 4)
+            self._overlaps[key] = overlap(windows, self.prepared(spec).token_rows())
         return {"calibration_overlap": self._overlaps[key]}
 
     def _save(self, model: PreTrainedModel, record: QuantizationRecord, folder: Path) -> None:
