@@ -151,6 +151,17 @@ def test_answers_that_are_all_alike_have_no_interval(store):
     assert [(c.difference, c.low, c.high, c.p) for c in found] == [(0.0, None, None, 1.0)] * 2
 
 
+def test_where_the_interval_leaves_out_zero_and_the_test_does_not_the_test_is_believed(store):
+    """Five questions lost and none gained: p = 2/32, and the bootstrap's interval is too short."""
+    other = quantization(baseline="rtn", scheme="W4A16:w=channel,grid=asym")
+    save(store, other, {"piqa": answers_of(50, range(7))})
+    (change,) = compare(*sides(store, "opt-6.7b/W16A16", "rtn"), tasks=["piqa"]).changes
+    assert change.high < 0 and change.p == 0.0625
+    assert "believe p" in compare_text(store.root, "opt-6.7b/W16A16", "rtn", tasks=["piqa"])
+    text = compare_text(store.root, "opt-6.7b/W16A16", "gptq", tasks=["wikitext2"])
+    assert "believe p" not in text
+
+
 def test_a_perplexity_beyond_all_numbers_is_no_crash(store):
     other = quantization(baseline="rtn", scheme="W4A16:w=channel,grid=asym")
     with np.errstate(over="ignore"):

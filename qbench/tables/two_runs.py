@@ -147,24 +147,24 @@ def _numbers(found: TwoRuns, width: int) -> str:
         column(f"{1 - LEVEL:.0%} interval", _interval),
         column("p", lambda row: _p(row.p)),
     ]
-    tested = [row for row in rows if row.p is not None]
-    if len(tested) > 1:
+    if sum(row.p is not None for row in rows) > 1:
         columns.append(column("p (Holm)", lambda row: _p(row.adjusted)))
-    return terminal(
-        Sheet("Metrics", columns, [{} for _ in rows], remarks=_remarks(rows, len(tested))), width
-    )
+    return terminal(Sheet("Metrics", columns, [{} for _ in rows], remarks=_remarks(rows)), width)
 
 
-def _remarks(rows: list[Change], tested: int) -> list[str]:
+def _remarks(rows: list[Change]) -> list[str]:
     found = []
+    tested = [row for row in rows if row.p is not None]
     if tested:
         found.append(
             "B − A on the items both have: points of accuracy, percent of perplexity; interval: "
             "paired bootstrap (BCa); p: paired and two-sided, McNemar's exact test for accuracies, "
             "the randomization test over windows for the rest."
         )
-    if tested > 1:
-        found.append(f"Holm: corrected for these {tested} tests.")
+    if any(row.low and row.high and row.low * row.high > 0 and row.p > LEVEL for row in tested):
+        found.append("An interval that leaves out 0 where p does not is too short: believe p.")
+    if len(tested) > 1:
+        found.append(f"Holm: corrected for these {len(tested)} tests.")
     return found
 
 
