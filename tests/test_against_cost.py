@@ -13,6 +13,7 @@ from study_fixtures import add, quantization
 from qbench.comparison.cost_points import X_COSTS, cost_panels, front
 from qbench.comparison.panels import Point
 from qbench.errors import QBenchError
+from qbench.plots import against_cost
 from qbench.plots import plot as plots
 from qbench.plots.against_cost import draw_against_cost
 from qbench.plots.wanted import Wanted
@@ -185,9 +186,29 @@ def test_names_of_the_front_cover_neither_points_nor_each_other(store):
         assert not any(box.contains(*at) for box in boxes)
 
 
+@pytest.mark.parametrize(("lower", "named"), [(0.76, False), (0.40, True)])
+def test_a_name_does_not_stand_beside_another_point(lower, named, tmp_path, monkeypatch):
+    """Left below a point is where a name of the point under it would stand."""
+    store = Store(tmp_path / "runs")
+    for scheme, accuracy in (("W4A16", 0.80), ("W2A16", lower), ("W1.58A8", 0.20)):
+        add(store, model("large", "rtn", scheme, 16), dict.fromkeys(TASKS, accuracy))
+    monkeypatch.setattr(against_cost, "_AROUND", ((-6, -7, "right", "top"),))
+    (axes,) = draw(store, x="energy").axes
+    assert ("W4A16" in " ".join(text.get_text() for text in axes.texts)) is named
+
+
+def test_the_name_of_an_axis_fits_a_column(store):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure = draw(store, x="energy_int32", width_in=3.25)
+    FigureCanvasAgg(figure).draw()
+    box = figure.axes[0].xaxis.label.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.x1
+
+
 def test_energy_is_labelled_arithmetic_only(store):
     figure = draw(store, x="energy")
-    assert "arithmetic only" in figure.axes[0].get_xlabel()
+    assert "arithmetic only" in " ".join(figure.axes[0].get_xlabel().split())
     assert "arithmetic only" in about(figure) and "weight-only schemes compute in FP16" in about(
         figure
     )

@@ -198,6 +198,26 @@ def test_losses_stand_against_size_and_against_energy(twins, monkeypatch):
     assert own_energy.get_xlabel() == "energy of 512 tokens"
 
 
+def test_a_law_of_size_passes_the_same_losses_where_energy_stands_across(twins, monkeypatch):
+    """BitNet's 30B lies 0.01 from L(N) continued, and no further where its joules stand."""
+    drawn = figure(twins, "bitnet-fig3", monkeypatch, against="bitnet-scaling")
+    ends = []
+    for axes in drawn.axes[2:]:
+        (beyond,) = [line for line in axes.lines if line.get_label() == "_beyond"]
+        ends.append((float(beyond.get_xdata()[-1]), float(beyond.get_ydata()[-1])))
+    assert [x for x, _ in ends] == pytest.approx([30e9, 0.1974])
+    assert ends[1][1] == pytest.approx(ends[0][1], abs=1e-6)
+    assert ends[1][1] == pytest.approx(3.954, abs=0.02)
+    assert "L(N) again" in about(drawn)
+
+
+@pytest.mark.parametrize("kind", ["bitnet-fig1", "bitnet-fig3", "bitnet-fig6"])
+def test_a_column_with_published_panels_fits_on_a_page(kind, twins, monkeypatch):
+    drawn = figure(twins, kind, monkeypatch, width_in=3.25, against=PUBLISHED[kind])
+    assert len(drawn.axes) > 2
+    assert drawn.get_size_inches()[1] <= 11.0
+
+
 def test_averages_have_a_panel_per_number_of_examples(twins, monkeypatch):
     drawn = figure(twins, "bitnet-fig6", monkeypatch, against="bitnet-fig6")
     assert titles(drawn) == ["0-shot", "4-shot", "published: 0-shot", "published: 4-shot"]

@@ -117,7 +117,7 @@ def _figure(
             row[0].set_ylabel(name)
         _align_x(drawn, panels, x)
         lines = _legend(figure, panels, styles, about, accuracy, width)
-        height = panel_height(width, len(grid[0]))
+        height = panel_height(width, len(grid[0]), len(grid))
         figure.set_size_inches(width, height * len(grid) + 0.17 * lines + 0.3)
     return figure
 

@@ -9,6 +9,7 @@ room. Costs spanning more than a factor of eight stand on a logarithmic axis.
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -49,11 +50,14 @@ _AXES: dict[str, tuple[str, Callable[[float], str]]] = {
     ),
     "effective_bits": ("bits per weight, whole model", lambda bits: f"{bits:g}"),
 }
+_LETTERS_PER_IN = 14
 _LOG_FROM = 8.0
 _AROUND = ((0, 8, "center", "bottom"), (0, -8, "center", "top"), (7, 0, "left", "center"),
            (-7, 0, "right", "center"), (6, 7, "left", "bottom"), (-6, 7, "right", "bottom"),
            (6, -7, "left", "top"), (-6, -7, "right", "top"), (0, 17, "center", "bottom"),
            (0, -17, "center", "top"))  # fmt: skip
+_SAME_PT = 4.0
+"""Points nearer than this are one to the eye: any of them may have the name."""
 _SIZES = (5.0, 9.0)
 """Size of the markers of the smallest and of the largest checkpoint, in points."""
 _STAR = 1.7
@@ -90,7 +94,7 @@ def draw_against_cost(wanted: Wanted) -> Figure:
         drawn = [axes for row in grid for axes in row]
         for axes, panel in zip(drawn, panels, strict=True):
             _draw_panel(axes, panel, looks, sizes, accuracy, 0.75 if width < NARROW_IN else 1.0)
-            _label_x(axes, panel, x)
+            _label_x(axes, panel, x, width / len(grid[0]) - 0.8)
         for row in grid:
             row[0].set_ylabel(f"mean {wanted.metric} (%)" if accuracy else "perplexity (log scale)")
         lines = legend_below(figure, _legend(panels, looks), about, width)
@@ -138,11 +142,11 @@ def _draw_panel(
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.6, zorder=0)
 
 
-def _label_x(axes: Axes, panel: Panel, x: str) -> None:
+def _label_x(axes: Axes, panel: Panel, x: str, room_in: float) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     text, write = _AXES[x]
-    axes.set_xlabel(text)
+    axes.set_xlabel(textwrap.fill(text, max(16, int(room_in * _LETTERS_PER_IN))))
     if axes.get_xscale() == "log":
         low, high = min(p.x for p in panel.points), max(p.x for p in panel.points)
         steps = (1.0, 2.0, 5.0) if high < 60 * low else (1.0,)
@@ -173,6 +177,8 @@ def _short(write: Callable[[float], str], value: float) -> str:
 def _name_front(axes: Axes, panel: Panel, sizes: dict[str, int], accuracy: bool) -> None:
     """Name the points of the front wherever a name covers no point and no other name.
 
+    Nor does a name stand nearer to another point, which it would seem to name.
+
     Beside the front's own line where that is possible, else on it.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -182,17 +188,29 @@ def _name_front(axes: Axes, panel: Panel, sizes: dict[str, int], accuracy: bool)
     best = front(panel.points, lower=not accuracy)
     line = _steps(axes, best, scale)
     taken = [_box(axes, point, sizes, scale) for point in panel.points]
+    places = [axes.transData.transform((point.x, scale * point.y)) for point in panel.points]
     inside = axes.get_window_extent(renderer)
     for point in best:
+        own = axes.transData.transform((point.x, scale * point.y))
+        others = [at for at in places if math.dist(at, own) > _SAME_PT * axes.figure.dpi / 72]
         for place, avoided in _tries(line):
             text = _written(axes, point, scale, place)
             box = text.get_window_extent(renderer)
             fits = inside.x0 <= box.x0 and box.x1 <= inside.x1
             fits = fits and inside.y0 <= box.y0 and box.y1 <= inside.y1
+            nearest = min((_distance(box, at) for at in others), default=math.inf)
+            fits = fits and _distance(box, own) < nearest
             if fits and not any(box.overlaps(other) for other in [*taken, *avoided]):
                 taken.append(box)
                 break
             text.remove()
+
+
+def _distance(box: Any, at: Any) -> float:
+    """From a point to the nearest of a box, in pixels."""
+    return math.hypot(
+        max(box.x0 - at[0], 0.0, at[0] - box.x1), max(box.y0 - at[1], 0.0, at[1] - box.y1)
+    )
 
 
 def _tries(line: list[Any]) -> list[tuple[tuple[float, float, str, str], list[Any]]]:

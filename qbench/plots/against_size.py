@@ -81,7 +81,7 @@ def draw_against_size(
             row[0].set_ylabel(f"mean {metric} (%)" if accuracy else loss_label(panels))
         align_sizes(drawn, panels, width / len(grid[0]) - 0.8)
         lines = size_legend(figure, panels, looks, about, width)
-        height = panel_height(width, len(grid[0]))
+        height = panel_height(width, len(grid[0]), len(grid))
         figure.set_size_inches(width, height * len(grid) + 0.17 * lines + 0.3)
     return figure
 

@@ -80,7 +80,7 @@ def draw_bitnet_fig1(wanted: Wanted) -> Figure:
             _draw_bits(axes, panel, looks)
             axes.set_ylabel(f"mean {wanted.metric} (%)" if panel is not theirs else "mean (%)")
         lines = legend_below(figure, _legend(panels, ratios, looks), about, width)
-        height = panel_height(width, len(grid[0]))
+        height = panel_height(width, len(grid[0]), len(grid))
         figure.set_size_inches(width, height * len(grid) + 0.17 * lines + 0.3)
     return figure
 

@@ -109,8 +109,8 @@ def draw_b158_fig3(wanted: Wanted) -> Figure:
     if not (whole or printed):
         raise _nothing("b158-fig3")
     about = [
-        f"Energy: arithmetic only, 7 nm; right: {TOKENS} tokens, INT8 additions, as the paper "
-        f"counts.{' Ratios as printed.' if printed else ''}",
+        f"Energy: arithmetic only, 7 nm; end to end: {TOKENS} tokens, INT8 additions, as the "
+        f"paper counts.{' Ratios as printed.' if printed else ''}",
         *_sources(entries),
     ]
     width = wanted.width_in or _PAGE_IN
@@ -252,7 +252,7 @@ def _finish(
     figure: Figure, grid: list[list[Axes]], legend: Legend, about: list[str], width: float
 ) -> None:
     lines = legend_below(figure, legend, about, width)
-    height = panel_height(width, len(grid[0]))
+    height = panel_height(width, len(grid[0]), len(grid))
     figure.set_size_inches(width, height * len(grid) + 0.17 * lines + 0.3)
 
 

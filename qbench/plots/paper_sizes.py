@@ -7,14 +7,17 @@ numbers are other tasks and texts of other weights: they stand in panels of thei
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from qbench.comparison.entries import Entry
 from qbench.comparison.run_costs import TOKENS
 from qbench.comparison.savings import joules
-from qbench.comparison.scaling import fit
+from qbench.comparison.scaling import PowerLaw
 from qbench.comparison.sizes import (
     LOSSES,
     SizePanel,
@@ -43,6 +46,33 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _PAGE_IN = 6.75
+
+
+@dataclass(frozen=True)
+class _LawOverEnergy(PowerLaw):
+    """A law of size with joules across.
+
+    Energy is no power of the size, so losses that follow L(N) follow no power law of energy. The
+    size at an energy is read between those of the family's models, on logarithmic axes.
+    """
+
+    pairs: tuple[tuple[float, float], ...] = ()
+    """(log joules, log parameters), least first."""
+
+    @classmethod
+    def of(cls, law: PowerLaw, pairs: Sequence[tuple[float, float]]) -> _LawOverEnergy:
+        """The law at the energies of (joules, parameters), of which there are two at least."""
+        fitted = [energy for energy, size in pairs if law.smallest <= size <= law.largest]
+        ends = {"smallest": fitted[0], "largest": fitted[-1]} if fitted else {}
+        logs = tuple((math.log(energy), math.log(size)) for energy, size in pairs)
+        return cls(**(asdict(law) | ends), pairs=logs)
+
+    def __call__(self, parameters: float) -> float:
+        """The loss at so many joules."""
+        energies, sizes = zip(*self.pairs, strict=True)
+        return super().__call__(math.exp(np.interp(math.log(parameters), energies, sizes)))
+
+
 _USUAL = ("W4A4", "W2A16")
 """The quantized rows of Fig. 6, where nobody asks for others."""
 
@@ -65,7 +95,11 @@ def draw_bitnet_fig3(wanted: Wanted) -> Figure:
     about = [*size_caption([*shown, *theirs], panels, False, metric), *left_out_line(left_out)]
     by_energy = [_over_energy(panel, [*shown, *theirs]) for panel in panels]
     if any(panel is not None for panel in by_energy):
-        about.append(f"Energy: arithmetic only, {TOKENS} tokens, 7 nm, as the paper counts.")
+        about.append(
+            f"Energy: arithmetic only, {TOKENS} tokens, 7 nm, INT8 additions, as the paper counts."
+        )
+        if any(panel is not None and panel.laws for panel in by_energy):
+            about.append("Curves against energy: L(N) again, N between the sizes drawn.")
     return _draw(panels, by_energy, about, wanted.width_in or _PAGE_IN, accuracy=False)
 
 
@@ -139,13 +173,11 @@ def _over_energy(panel: SizePanel, entries: Sequence[Entry]) -> SizePanel | None
             moved.points.append(replace(point, x=found))
     if len({point.x for point in moved.points}) < 2:
         return None
-    for line, points in moved.lines().items():
-        chosen = [point for point in points if point.comparable and point.fitted]
-        if line in panel.laws:
-            try:
-                moved.laws[line] = fit([p.x for p in chosen], [p.y for p in chosen])
-            except QBenchError:  # then the points are joined, as where there is no law of size
-                continue
+    for line, points in panel.lines().items():
+        found = {p.x: energies.get((p.run or p.series, p.x)) for p in points}
+        pairs = sorted((energy, size) for size, energy in found.items() if energy is not None)
+        if line in panel.laws and len(pairs) > 1:
+            moved.laws[line] = _LawOverEnergy.of(panel.laws[line], pairs)
     return moved
 
 
@@ -170,7 +202,7 @@ def _draw(
             else:
                 _label_energies(axes, energy)
         lines = size_legend(figure, panels, looks, about, width)
-        height = panel_height(width, len(grid[0]))
+        height = panel_height(width, len(grid[0]), len(grid))
         figure.set_size_inches(width, height * len(grid) + 0.17 * lines + 0.3)
     return figure
 

@@ -35,6 +35,8 @@ NARROW_IN = 5.0
 """Under this width a figure stands in one column of a page."""
 PANEL_IN = 2.2
 """The narrowest panel that is legible, in inches."""
+_COLUMN_IN = 5.2
+"""Height of all rows together, in inches: a page's, less legend, notes and the paper's caption."""
 SMALLEST_PT = 6.0
 """No text is smaller, in points, at any width."""
 
@@ -114,9 +116,13 @@ def method_looks(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     }
 
 
-def panel_height(width_in: float, columns: int) -> float:
-    """Height in inches of a row of so many panels: three quarters of one panel's width."""
-    return min(max(0.75 * width_in / columns, 1.9), 2.9)
+def panel_height(width_in: float, columns: int, rows: int = 1) -> float:
+    """Height in inches of a row of panels: three quarters of one panel's width.
+
+    Rows are flatter where several would be taller than a page together.
+    """
+    height = min(max(0.75 * width_in / columns, 1.9), 2.9)
+    return min(height, max(_COLUMN_IN / rows, 1.55))
 
 
 def inches(text: str) -> float:
