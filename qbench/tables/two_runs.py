@@ -161,7 +161,8 @@ def _remarks(rows: list[Change]) -> list[str]:
             "paired bootstrap (BCa); p: paired and two-sided, McNemar's exact test for accuracies, "
             "the randomization test over windows for the rest."
         )
-    if any(row.low and row.high and row.low * row.high > 0 and row.p > LEVEL for row in tested):
+    doubtful = [row for row in tested if (row.p or 0.0) > LEVEL]
+    if any((row.low or 0.0) * (row.high or 0.0) > 0 for row in doubtful):
         found.append("An interval that leaves out 0 where p does not is too short: believe p.")
     if len(tested) > 1:
         found.append(f"Holm: corrected for these {len(tested)} tests.")
