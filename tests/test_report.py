@@ -23,13 +23,16 @@ from report_fixtures import (
 )
 from study_fixtures import add, bitnet_store, quantization
 
+from qbench.comparison import significance
 from qbench.errors import QBenchError, RunFailed
 from qbench.record import Metric
+from qbench.report import sheets
 from qbench.report.page import json_text
 from qbench.report.report import Choices, html_of, write
 from qbench.report.snapshot import anchors
 from qbench.reproduction.outcome import Gate, Number, Outcome, OutcomeRow, save
 from qbench.study.store import Store
+from qbench.tables.sheet import Cell, Column, Sheet
 from qbench.tables.table import stored_entries, table
 
 
@@ -76,6 +79,19 @@ def test_numbers_are_sorted_by_their_full_value_not_by_their_text(page):
     assert f"{48 / N:.6g}" in values
     assert "Infinity" in values  # the perplexity that diverged
     assert "" in values  # a run that failed has none, and is sorted last
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *(("18,687", "18687"), ("1.3e3", "1300"), ("309.", "309"), ("−0.31", "-0.31")),
+        *(("±0.19", "0.19"), ("inf (diverged)", "Infinity"), ("–", ""), ("failed", "")),
+    ],
+)
+def test_a_printed_number_is_sorted_by_its_value(text, value):
+    column = Column(("Published",), [Cell(text)])
+    sheet = Sheet(title="", columns=[column], facts=[{}])
+    assert sheets.shown(sheet, {}, "x")["rows"][0]["cells"][0]["value"] == value
 
 
 def test_headings_have_scopes_and_rows_say_what_they_can_be_filtered_by(page):
@@ -239,6 +255,20 @@ def test_a_perplexity_is_told_with_its_ratio(page):
 def test_a_difference_of_a_few_points_is_told_by_its_paired_test(tmp_path, lost, won, verdict):
     page = Page(html_of(planted_difference(tmp_path, lost, won)))
     assert verdict in sentences(page)
+
+
+def test_a_correction_does_not_make_it_easier_to_say_that_nothing_is_lost(tmp_path, monkeypatch):
+    """p = 0.0126 alone, 0.19 after Holm's correction over fifteen: no evidence of no loss."""
+    verdict = significance.Verdict(
+        n=300, difference=-0.02, better=False, test="t", p=0.0126, adjusted=0.189
+    )
+    monkeypatch.setattr(
+        significance.Tester, "family", lambda self, numbers: [verdict for _ in numbers]
+    )
+    store = planted_difference(tmp_path, 12, 6)
+    text = sentences(Page(html_of(store, Choices(significance="off"))))
+    assert "no difference found, p = 0.19" in text
+    assert "no loss is found" not in text
 
 
 def test_a_model_that_guesses_is_said_to_show_no_loss(tmp_path):

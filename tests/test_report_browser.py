@@ -209,6 +209,29 @@ def test_a_run_shows_its_settings_matrices_and_answers(opened):
     assert opened.complaints == []
 
 
+def test_numbers_of_a_run_are_sorted_by_value_with_their_errors_and_signs(opened):
+    texts = ["34.0 ± 6.8", "100.0 ± 0.0", "−14.0", "–", "+2.0", "1,293", "inf (diverged)"]
+    expected = ["inf (diverged)", "1,293", "100.0 ± 0.0", "34.0 ± 6.8", "+2.0", "−14.0", "–"]
+    shown = opened.page.evaluate(
+        """texts => {
+          const box = tableOf("numbers", ["name", "value"], texts.map(t => ["a", t]), [1]);
+          box.querySelectorAll("button")[1].click();
+          return [...box.querySelectorAll("tbody td")].map(cell => cell.textContent);
+        }""",
+        texts,
+    )
+    assert shown == expected
+
+
+def test_an_address_cut_off_within_a_letter_shows_everything(browser, html):
+    other = Opened(browser, html)
+    other.page.goto(html.as_uri() + "#%E0%A4%A")
+    other.page.reload()
+    assert other.page.locator("#all").is_visible()
+    assert other.complaints == []
+    other.context.close()
+
+
 def test_capped_answers_say_how_many_more_there_are(opened):
     open_run(opened, "gptq W2A16")
     opened.page.click("details.task summary")

@@ -1,7 +1,8 @@
 """What the numbers say, in computed sentences: best rows, what they keep, how sure that is.
 
 Means over tasks are compared question by question (:mod:`qbench.comparison.significance`), each
-task weighing the same, with Holm's correction over every comparison made here. "No difference
+task weighing the same, with Holm's correction over every comparison made here, except where a
+sentence says that nothing is lost: a correction would make that easier to say. "No difference
 found" is what the test says, not that there is none. A perplexity is named with its ratio to full
 precision and is not tested here.
 """
@@ -72,6 +73,11 @@ class Comparisons:
         """The corrected p of a comparison; None where it could not be made."""
         verdict = self._asked.get((reference.run, row.run))
         return verdict.adjusted if verdict else None
+
+    def single(self, reference: Point, row: Point) -> float | None:
+        """Its p alone: a correction would make it easier to say that nothing is lost."""
+        verdict = self._asked.get((reference.run, row.run))
+        return verdict.p if verdict else None
 
     @property
     def tested(self) -> str:
@@ -154,7 +160,7 @@ class _Story:
         if chance is not None and error is not None and self.full.y - chance < 2 * error:
             blind = "That is within two standard errors of guessing: these tasks show no loss here."
             return [start, (blind,)]
-        verdicts = [(g[0], self.tests.p(self.full, g[0])) for g in self.widths.values()]
+        verdicts = [(g[0], self.tests.single(self.full, g[0])) for g in self.widths.values()]
         kept = [b for b, p in verdicts if p is not None and (p >= LEVEL or b.y >= self.full.y)]
         if not kept:
             return [start]

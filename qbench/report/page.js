@@ -25,11 +25,15 @@ async function unpack(name) {
 
 /* ---- tables ---- */
 
-function sortKey(cell, numeric) {
-  if (!numeric) return cell.textContent;
-  const text = cell.dataset.v ?? cell.textContent;
-  const value = text === "" ? NaN : Number(text);
+/** The number a text begins with: "−14.0", "2.06 ± 0.06", "1,293", "±0.19", "inf (diverged)". */
+function numberIn(text) {
+  const plain = text.trim().replace(/^±/, "").replace("−", "-").replaceAll(",", "");
+  const value = parseFloat(plain.replace(/^([+-]?)inf.*$/i, "$1Infinity"));
   return Number.isNaN(value) ? null : value;
+}
+
+function sortKey(cell, numeric) {
+  return numeric ? numberIn(cell.dataset.v ?? cell.textContent) : cell.textContent;
 }
 
 /** Sort by a column; what has no number stays last whichever way. */
@@ -193,7 +197,10 @@ let asked = false; // whether a link was followed, rather than the way back
 
 /** Show the run that the address names, or everything else. */
 async function go() {
-  const anchor = decodeURIComponent(location.hash.slice(1));
+  let anchor = location.hash.slice(1);
+  try {
+    anchor = decodeURIComponent(anchor);
+  } catch { /* an address cut off within a letter names nothing here */ }
   const known = Object.hasOwn(data.runs, anchor);
   const [all, run] = ["all", "run"].map((id) => document.getElementById(id));
   const target = asked && anchor ? document.getElementById(anchor) : null;

@@ -89,11 +89,16 @@ def _sort_value(column: Column, cell: Cell) -> str | None:
         return None
     value = cell.measured.value if cell.measured else None
     if value is None:
-        found = re.match(r"[+−-]?\d+(\.\d+)?(e[+-]?\d+)?", cell.text)
-        value = float(found[0].replace("−", "-")) if found else None
+        found = re.match(r"±?([+-]?(?:inf|\d+(\.\d*)?(e[+-]?\d+)?))", _plain(cell.text))
+        value = float(found[1]) if found else None
     if value is None or math.isnan(value):
         return ""
     return "Infinity" if math.isinf(value) else f"{value:.6g}"
+
+
+def _plain(text: str) -> str:
+    """A number as Python writes it: "18,687" and "−0.3" are printed so."""
+    return text.replace(",", "").replace("−", "-")
 
 
 _LINE = 1040
