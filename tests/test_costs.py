@@ -173,6 +173,13 @@ def test_a_stored_run_has_the_bits_that_it_recorded(store):
     assert "W4A8KV4 rtn" in text and "Costs of tiny for one sequence of 512 tokens" in text
 
 
+def test_a_trained_run_is_headed_by_its_training_and_not_by_no_method(store):
+    trained = record("W1A8", trained=True)
+    trained.checkpoint = "ternary"
+    store.save_quantization(trained)
+    assert "W1A8 trained" in costs("ternary/W1A8", results=store.root, format="md")
+
+
 def test_the_beginning_of_several_runs_is_refused_before_anybody_is_asked(store):
     with pytest.raises(QBenchError, match="names 2 runs"):
         costs("tiny/W4A", results=store.root)

@@ -92,6 +92,34 @@ def test_b158_table1_computes_memory_and_its_ratio_to_full_precision(store: Stor
     assert rows[1]["PPL wikitext2 gptq-2048"] == "5.50"
 
 
+def test_each_model_is_held_against_its_own_full_precision(store: Store) -> None:
+    """Two models of 6B, of which one has twice the cache: 16 bits of each are 1.00x of itself."""
+    scheme = "W8A16:grid=asym"
+    for name, parameters, blocks in (("a", 6_000_000_000, 2), ("b", 6_010_000_000, 2_000_000)):
+        dimensions = SHAPE.model_copy(update={"n_blocks": blocks})
+        known = {"parameters": parameters, "dimensions": dimensions}
+        layer = LayerReport(
+            name="0", shape=(parameters, 1), scheme=scheme, relative_error=0,
+            stored_bits=8 * parameters,
+        )  # fmt: skip
+        add(store, quantization(name, **known), {"piqa": 0.5})
+        add(store, quantization(name, "rtn", scheme, layers=[layer], **known), {"piqa": 0.5})
+    layer = LayerReport(
+        name="0", shape=(6_000_000_001, 1), scheme="W1A8", relative_error=0, stored_bits=6e9
+    )
+    known = {"parameters": 6_000_000_001, "dimensions": SHAPE}
+    trained = quantization("near a", scheme="W1A8", trained=True, layers=[layer], **known)
+    add(store, trained, {"piqa": 0.5})
+    rows = cells(table(store, "b158-table1"))
+    memory = {(row["Models"], row["W/A"]): row["Memory (GB)"] for row in rows}
+    cache = 2 * 2_000_000 * 2 * 4 * 512 * 2 / 1e9
+    assert memory["a", "W16A16"] == "12.00 (1.00x)" and memory["a", "W8A16"] == "6.00 (2.00x)"
+    whole, half = 12.02 + cache, 6.01 + cache
+    assert memory["b", "W16A16"] == f"{whole:.2f} (1.00x)"
+    assert memory["b", "W8A16"] == f"{half:.2f} ({whole / half:.2f}x)"
+    assert memory["near a", "W1A8"].endswith("(16.00x)")
+
+
 def test_b158_table1_against_the_paper_repeats_its_ratios(store: Store) -> None:
     add(store, quantization("llama"), None, {"wikitext2@gptq-2048": 5.0})
     rows = cells(table(store, "b158-table1", against="b158-table1"))

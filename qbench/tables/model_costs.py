@@ -164,7 +164,8 @@ def _variants(model: Model, schemes: Sequence[str]) -> list[_Variant]:
         own = footprint_of(model.record)
         scheme, record = Scheme.parse(model.record.key.scheme), model.record
         if own is not None and not scheme.is_identity:
-            heading = f"{scheme.label} {record.key.baseline.name}"
+            by = "trained" if record.trained else record.key.baseline.name
+            heading = f"{scheme.label} {by}"
             found.append(
                 _Variant(heading, own, None, scheme.kvbits, lambda acc: products_of(record, acc))
             )

@@ -177,24 +177,41 @@ def _gigabytes(entry: Entry) -> float | None:
 def _with_ratios(
     heading: tuple[str, ...], rows: Sequence[Entry], values: Sequence[float | None]
 ) -> Column:
-    """A cost, and how many times full precision of the same size and source costs as much.
+    """A cost, and how many times full precision of the same model or size costs as much.
 
-    A published size without a full-precision row is held against the next smaller one, as b1.58
-    does with its 3.9B.
+    Where several models of a size are stored in full precision, each is held against its own, and a
+    trained one against that of the nearest parameters. A published size without a full-precision
+    row is held against the next smaller one, as b1.58 does with its 3.9B.
     """
-    whole = {
-        (row.source, size_text(row.facts["parameters"])): value
+    whole = [
+        (row, value)
         for row, value in zip(rows, values, strict=True)
         if value is not None and _is_whole(row)
-    }
+    ]
     cells, smaller = [], None
     for row, value in zip(rows, values, strict=True):
-        base = whole.get((row.source, size_text(row.facts["parameters"])))
+        base = _whole_of(row, whole)
         if row.source == "published":
             base = smaller = base or smaller
-        text = MISSING if value is None else f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
+        text = MISSING if value is None else f"{value:.2f}" if value >= 0.1 else f"{value:#.2g}"
         cells.append(Cell(text + (f" ({base / value:.2f}x)" if base and value else "")))
     return Column(heading, cells)
+
+
+def _whole_of(row: Entry, whole: Sequence[tuple[Entry, float]]) -> float | None:
+    """What the full-precision model of a row costs; None where there is none of its size."""
+
+    def apart(other: Entry) -> tuple[bool, int]:
+        mine, theirs = row.facts["parameters"] or 0, other.facts["parameters"] or 0
+        return other.facts["checkpoint"] != row.facts["checkpoint"], abs(theirs - mine)
+
+    size = size_text(row.facts["parameters"])
+    alike = [
+        (other, value)
+        for other, value in whole
+        if other.source == row.source and size_text(other.facts["parameters"]) == size
+    ]
+    return min(alike, key=lambda pair: apart(pair[0]))[1] if alike else None
 
 
 def _is_whole(entry: Entry) -> bool:
