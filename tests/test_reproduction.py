@@ -22,13 +22,21 @@ from qbench.comparison.pairing import Paired
 from qbench.errors import QBenchError, RunFailed
 from qbench.models.checkpoints import Checkpoint
 from qbench.progress import Reporter
+from qbench.reproduction import collecting, presets, printing, published
 from qbench.reproduction import outcome as outcomes
-from qbench.reproduction import presets, printing, published
+from qbench.reproduction.collecting import reads_data
 from qbench.reproduction.planning import shape_from, stored_bytes
 from qbench.reproduction.presets import Family, Measure, Preset, Tolerance, read_family
 from qbench.reproduction.published import Published, half_unit
 from qbench.reproduction.running import Reproduction, Request
-from qbench.reproduction.verdicts import Reproduced, noise, paired_error, seed_interval, verdict
+from qbench.reproduction.verdicts import (
+    Reproduced,
+    noise,
+    paired_error,
+    seed_interval,
+    too_wide,
+    verdict,
+)
 from qbench.study.store import Store
 
 PRESETS = presets.presets()
@@ -268,6 +276,30 @@ def test_a_difference_is_judged_by_its_noise_and_one_without_end_always_differs(
     assert verdict(math.nan, 1e9) == "differs"
 
 
+@pytest.mark.parametrize(
+    ("values", "printed", "metric", "wide"),
+    [
+        # the interval is centre * (exp(4.303 sd sqrt(4/3)) - 1): 2.2 times the centre here
+        ((300.0, 400.0, 500.0), 30.0, PERPLEXITY, True),
+        ((39.9, 40.0, 40.1), 40.2, PERPLEXITY, False),  # 1.3 % of it
+        # 12.706 * 0.354 * sqrt(3/2) = 5.5 points of two seeds half a point apart
+        ((61.0, 61.5), 64.0, ACCURACY, True),
+        ((61.0, 61.1), 61.9, ACCURACY, False),
+    ],
+)
+def test_noise_that_everything_lies_within_gives_no_verdict(values, printed, metric, wide):
+    number = Published(printed, f"{printed}")
+    allowed = noise(number, metric, Reproduced(values), Tolerance())
+    assert too_wide(number, metric, allowed) == wide
+
+
+def test_only_what_calibration_changes_is_allowed_the_noise_of_another_draw():
+    rows = {row.name: reads_data(row) for row in PRESETS["quip-opt-125m"].rows}
+    assert {name.split()[0] for name, reads in rows.items() if not reads} == {"FP16", "Near"}
+    rows = {row.name: reads_data(row) for row in PRESETS["smoothquant-bloom-176b"].rows}
+    assert {n for n, reads in rows.items() if not reads} == {"FP16", "W8A8 (per tensor)"}
+
+
 def test_the_paired_error_of_a_perplexity_is_that_of_the_mean_loss_times_the_perplexity():
     generator = np.random.default_rng(0)
     before = generator.uniform(100, 200, 40)
@@ -402,6 +434,52 @@ def test_a_gate_that_passes_lets_every_row_have_its_verdict(
     assert any("calibration windows" in reason for reason in worst.reasons)
     assert worst.difference == pytest.approx(-measured["GPTQ W3A16"], abs=1e-6)
     assert "differs" in printing.render(found, "md")
+
+
+def test_a_row_that_reads_nothing_differs_where_a_calibrated_one_would_be_within_noise(
+    place, gptq, measured, monkeypatch
+):
+    """Both are published 0.6 % off; paired errors of five windows are far larger than 0.5 %."""
+    values = {name: 1.006 * value for name, value in measured.items()}
+    planted(monkeypatch, place, gptq, {**values, "FP16": measured["FP16"]})
+    monkeypatch.setattr(collecting, "paired_error", lambda pairs, measure, value: 0.01 * value)
+    found = run(gptq, request(place, "opt", place / "measured", ignore_gate=False))
+    verdicts = {row.name: row.numbers[0].verdict for row in found.rows}
+    assert verdicts["RTN W3A16"] == "differs" and verdicts["GPTQ W3A16"] == "within noise"
+
+
+def test_a_published_number_that_full_precision_meets_too_has_a_caveat(
+    place, gptq, measured, monkeypatch
+):
+    values = {**measured, "RTN W4A16": measured["FP16"], "FP16": measured["FP16"]}
+    planted(monkeypatch, place, gptq, values)
+    found = run(gptq, request(place, "opt", place / "measured", ignore_gate=False))
+    for row in found.rows[1:]:
+        number = row.numbers[0]
+        near = abs(number.published - measured["FP16"]) <= number.noise
+        within = number.verdict == "within noise"
+        assert bool(number.caveat) == (near and within)
+    assert any(row.numbers[0].caveat for row in found.rows)
+    assert "Says little: full precision itself" in printing.render(found, "md")
+
+
+def test_a_number_the_paper_copied_from_another_row_gets_no_verdict(
+    place, gptq, measured, monkeypatch
+):
+    quip = PRESETS["quip-opt-13b"]
+    (row,) = (row for row in quip.rows if row.name == "OPTQ W4A16")
+    (copied,) = (n for m, n in published.numbers(quip, row) if m.task == "arc_easy")
+    same_size(monkeypatch, gptq, place / "opt")
+
+    def number(of, row, measure):
+        note = "" if row.is_full_precision else copied.error
+        return Published(measured[row.name], f"{measured[row.name]:.3f}", note)
+
+    monkeypatch.setattr(published, "number", number)
+    found = run(gptq, request(place, "opt", place / "measured", ignore_gate=True))
+    assert {row.numbers[0].verdict for row in found.rows[1:]} == {
+        "no verdict: in the paper it is identical to the row of OPT-30b"
+    }
 
 
 def test_what_is_stored_is_not_measured_again_and_gives_the_same_outcome(

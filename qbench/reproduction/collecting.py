@@ -13,18 +13,22 @@ from dataclasses import dataclass, field
 from qbench.comparison.pairing import Measurement, pair
 from qbench.errors import QBenchError
 from qbench.record import Metric, QuantizationRecord, TaskRecord
+from qbench.registry import load_baseline
 from qbench.reproduction import published as published_numbers
 from qbench.reproduction.outcome import Gate, Number, OutcomeRow
 from qbench.reproduction.presets import ITEMS, Measure, Preset, Row
-from qbench.reproduction.published import Published
+from qbench.reproduction.published import UNUSABLE, Published
 from qbench.reproduction.verdicts import (
     DIFFERS,
     GATE_ERRORS,
+    WITHIN,
     Reproduced,
     noise,
     paired_error,
+    too_wide,
     verdict,
 )
+from qbench.scheme import Scheme
 from qbench.study.cells import Cell
 from qbench.study.runner import Workbench
 from qbench.study.store import Run
@@ -121,7 +125,7 @@ class Collector:
         )
         if reason := self._why_not_measured(measure, stored):
             return number.model_copy(update={"verdict": reason})
-        found = self._reproduced(measure, stored, paired=not row.is_full_precision)
+        found = self._reproduced(measure, stored, paired=reads_data(row))
         centre = found.centre(measure)
         allowed = noise(printed, measure, found, self.preset.family.tolerance)
         number.measured_as = stored[0].tasks[tasks_of(measure)[0]].key.protocol
@@ -130,13 +134,27 @@ class Collector:
         gap = centre - printed.value
         number.difference = gap if math.isfinite(gap) else None
         number.noise = allowed
-        none = self._why_no_verdict(row, measure, stored, gate)
+        none = self._why_no_verdict(row, measure, stored, gate) or _says_nothing(
+            printed, measure, gap, allowed
+        )
         number.verdict = f"no verdict: {none}" if none else verdict(gap, allowed)
         if self.limit is not None:
             number.verdict = f"partial: first {self.limit}"
         if number.verdict == DIFFERS:
             number.reasons = self._reasons(row, found)
+        elif number.verdict == WITHIN and not row.is_full_precision:
+            number.caveat = self._caveat(measure, printed, allowed)
         return number
+
+    def _caveat(self, measure: Measure, printed: Published, allowed: float) -> str:
+        """Said where the noise is no smaller than what quantization changes."""
+        base = self.full_precision
+        if base is None or self._why_not_measured(measure, [base]):
+            return ""
+        full = self._reproduced(measure, [base], paired=False).centre(measure)
+        if verdict(full - printed.value, allowed) == DIFFERS:
+            return ""
+        return f"full precision itself, {full:.5g}, is within this noise of the published number"
 
     def _why_not_measured(self, measure: Measure, stored: Sequence[Stored]) -> str:
         for one in stored:
@@ -206,6 +224,25 @@ class Collector:
     def _reasons(self, row: Row, found: Reproduced) -> list[str]:
         diverged = [] if all(map(math.isfinite, found.values)) else ["it diverged here"]
         return [*diverged, *self.preset.reasons(row)]
+
+
+def reads_data(row: Row) -> bool:
+    """Whether calibration data changes a row."""
+    from qbench.quantization.quantize import needs_calibration
+
+    if row.is_full_precision:
+        return False
+    instance = load_baseline(row.baseline, row.fields).instance
+    return needs_calibration(instance, Scheme.parse(row.scheme))
+
+
+def _says_nothing(printed: Published, measure: Measure, gap: float, allowed: float) -> str:
+    """Why a verdict on a number would say nothing; "" where it would."""
+    if UNUSABLE in printed.error:
+        return f"in the paper it is {printed.error.partition(':')[0]}"
+    if too_wide(printed, measure, allowed) and abs(gap) <= allowed:
+        return f"its noise of ±{allowed:.2g} is too wide to tell; measure more seeds (--seeds)"
+    return ""
 
 
 def tasks_of(measure: Measure) -> tuple[str, ...]:

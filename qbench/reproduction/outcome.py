@@ -57,6 +57,8 @@ class Number(_Strict):
     """``within noise``, ``differs``, or why there is none."""
     reasons: list[str] = []
     """Why it may differ, as far as the preset knows."""
+    caveat: str = ""
+    """What makes ``within noise`` say less than it seems to."""
     records: list[str] = []
     """The records it was made from, relative to the results folder."""
 

@@ -18,7 +18,7 @@ from qbench.evaluation.corpora import CORPORA
 from qbench.evaluation.tasks import B158
 from qbench.models.files import weight_files
 from qbench.registry import load_baseline
-from qbench.reproduction.collecting import tasks_of
+from qbench.reproduction.collecting import reads_data, tasks_of
 from qbench.reproduction.presets import CheckpointFacts, Preset, Row
 from qbench.reproduction.running import Reproduction, Request
 from qbench.scheme import Scheme
@@ -117,7 +117,7 @@ def stored_bytes(facts: CheckpointFacts, shape: ModelShape | None = None) -> flo
 
 def _settings(preset: Preset, request: Request) -> Iterator[str]:
     family, text = preset.family, preset.family.calibration
-    if any(_reads_data(row) for row in preset.rows):
+    if any(reads_data(row) for row in preset.rows):
         yield (
             f"  calibration: {text.source}, {text.nsamples} windows of {text.seqlen} tokens, "
             f"seed {text.seed}"
@@ -160,7 +160,7 @@ def _data(preset: Preset, request: Request) -> Iterator[str]:
     needs = {task: (_folder(task), TEXTS[task].megabytes) for task in tasks if task != B158}
     if B158 in tasks:
         needs |= {"c4, validation": ("c4", 40), "wikitext2": ("wikitext2", 13)}
-    if any(_reads_data(row) for row in preset.rows):
+    if any(reads_data(row) for row in preset.rows):
         source = preset.family.calibration.source
         needs[f"{source} for calibration"] = (source, _CALIBRATION[source])
     absent = [
@@ -282,13 +282,6 @@ def shape_from(facts: CheckpointFacts) -> ModelShape:
     with torch.device("meta"), quiet():
         config: Any = AutoConfig.for_model(facts.model_type, **facts.config)
         return shape_of(AutoModelForCausalLM.from_config(config))
-
-
-def _reads_data(row: Row) -> bool:
-    if row.is_full_precision:
-        return False
-    baseline = load_baseline(row.baseline, row.fields)
-    return passes(Cell.of(baseline, Scheme.parse(row.scheme))) > 0
 
 
 def _draws(row: Row) -> bool:

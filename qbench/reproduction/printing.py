@@ -20,7 +20,7 @@ from qbench.tables.sheet import Cell, Column, Sheet
 FORMATS = ("terminal", "md", "latex", "csv", "html")
 _NOISE = (
     "Noise: half a unit of the last printed digit, and the largest of the preset's tolerance (for "
-    "dtype, kernels, library versions), for quantized rows 1.96 paired standard errors of the "
+    "dtype, kernels, library versions), for calibrated rows 1.96 paired standard errors of the "
     "difference from the full-precision row, and the 95 % interval of one further seed."
 )
 
@@ -143,6 +143,7 @@ def _noise_text(number: Number) -> str:
 
 def _verdict_cell(number: Number) -> Cell:
     notes = tuple(f"May differ because {reason}" for reason in number.reasons)
+    notes += (f"Says little: {number.caveat}",) if number.caveat else ()
     verdict = number.verdict
     for kind in ("not measured", "not applicable", "failed", "no verdict"):
         if verdict.startswith(f"{kind}: "):

@@ -15,6 +15,9 @@ from qbench.comparison import reference
 from qbench.errors import QBenchError
 from qbench.reproduction.presets import Measure, Preset, Row
 
+UNUSABLE = "do not use"
+"""In the note of a printed number that cannot be the row's own."""
+
 
 @dataclass(frozen=True)
 class Published:

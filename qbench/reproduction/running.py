@@ -23,7 +23,7 @@ from qbench.models.checkpoints import Checkpoint, find_checkpoint
 from qbench.models.checks import check_device, check_dtype
 from qbench.progress import Reporter
 from qbench.registry import load_baseline
-from qbench.reproduction.collecting import Collector, judge_gate, tasks_of
+from qbench.reproduction.collecting import Collector, judge_gate, reads_data, tasks_of
 from qbench.reproduction.outcome import Gate, Outcome, OutcomeRow, joined, save
 from qbench.reproduction.presets import Measure, Preset, Row
 from qbench.scheme import Scheme
@@ -183,7 +183,7 @@ class Reproduction:
         if self.dtype != family.dtype:
             found.append(f"computed in {self.dtype}, the paper in {family.dtype}")
         context, seqlen = self.bench.context, family.calibration.seqlen
-        if context and context < seqlen and any(map(self._reads_data, self.preset.rows)):
+        if context and context < seqlen and any(map(reads_data, self.preset.rows)):
             found.append(f"calibration windows of {context} tokens, the paper's have {seqlen}")
         return found
 
@@ -287,14 +287,6 @@ class Reproduction:
 
     def _is_random(self, row: Row) -> bool:
         return not row.is_full_precision and load_baseline(row.baseline).instance.is_random
-
-    def _reads_data(self, row: Row) -> bool:
-        from qbench.quantization.quantize import needs_calibration
-
-        if row.is_full_precision:
-            return False
-        instance = load_baseline(row.baseline, row.fields).instance
-        return needs_calibration(instance, Scheme.parse(row.scheme))
 
     def _check_kind(self) -> None:
         facts, name = self.preset.facts, self.checkpoint.name

@@ -5,14 +5,16 @@ Two careful measurements of one row never agree to the last digit. What is allow
     half a unit of the last printed digit, and the largest of
     - the preset's tolerance, which covers dtype, kernels and library versions (the same weights see
       the same text in both measurements, so no sampling error is allowed);
-    - for a quantized row 1.96 paired standard errors of its difference from the full-precision row
-      over the same windows or questions: how unevenly quantization moves the items stands in for
-      what another calibration draw would do;
+    - for a row that was calibrated 1.96 paired standard errors of its difference from the
+      full-precision row over the same windows or questions: how unevenly quantization moves the
+      items stands in for what another calibration draw would do (rounding to nearest reads nothing,
+      and gets none of it);
     - for a row that draws at random and was run with several seeds, the half-width of the 95 %
       interval for one further draw, t·s·sqrt(1 + 1/n), in the logarithm for perplexities, whose
       draws have a long tail.
 
-What was measured otherwise (fewer items, another window, other weights) gets no verdict at all.
+What was measured otherwise (fewer items, another window, other weights) gets no verdict at all, nor
+does a number whose noise is so wide that nearly everything would lie within it (:func:`too_wide`).
 Left out: tests (:mod:`qbench.comparison.statistics`); there is one published number, without items.
 """
 
@@ -37,6 +39,10 @@ QUANTILE = 1.96
 GATE_ERRORS = 3.0
 """Standard errors that a gate adds where only some of the items were measured."""
 WITHIN, DIFFERS = "within noise", "differs"
+WIDEST_SHARE = 0.25
+"""Of a published perplexity: noise beyond it tells nothing apart."""
+WIDEST_POINTS = 5.0
+"""The same of an accuracy."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,12 @@ def seed_interval(values: Sequence[float], centre: float, is_perplexity: bool) -
     deviation = math.sqrt(sum((value - mean) ** 2 for value in scaled) / (n - 1))
     half = float(t.ppf(0.975, n - 1)) * deviation * math.sqrt(1 + 1 / n)
     return centre * math.expm1(min(half, 700.0)) if is_perplexity else half
+
+
+def too_wide(published: Published, measure: Measure, allowed: float) -> bool:
+    """Whether noise is so wide that a verdict would say nothing: two seeds, or uneven ones."""
+    share = WIDEST_SHARE * published.value
+    return allowed > published.rounding + (share if measure.is_perplexity else WIDEST_POINTS)
 
 
 def verdict(difference: float, allowed: float) -> str:
