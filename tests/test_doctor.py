@@ -220,7 +220,7 @@ def test_stored_runs_are_counted_and_one_that_cannot_be_read_is_named(tmp_path):
     found, _ = examined("--results", tmp_path / "runs", code=1)
     state, text = found["Results", "unreadable"]
     assert state == "PROBLEM" and str(broken) in text
-    assert text.endswith("delete it to measure it again")
+    assert text.endswith("delete it to measure again") and text.count("delete it") == 1
     assert found["Results", "stored runs"][1] == "1, 2 measurements"
 
 

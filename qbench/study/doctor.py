@@ -175,7 +175,8 @@ def _stored(results: Path) -> Iterator[Finding]:
         warnings.simplefilter("always")
         runs = list(Store(results).runs())
     for warning in said:
-        found = f"{str(warning.message).removeprefix('left out: ')}; delete it to measure it again"
+        found = str(warning.message).removeprefix("left out: ")
+        found += "" if "delete it" in found else "; delete it to measure again"
         yield Finding(RESULTS, "unreadable", found, "PROBLEM")
     failed = sum(run.quantization.status == "failed" for run in runs)
     failed += sum(task.status == "failed" for run in runs for task in run.tasks)
