@@ -2,8 +2,8 @@
 
 The first table fixes which answers change (80.0 % against 78.0 %); the second lets chance decide,
 and says how often each test finds p < 0.05: for a true loss how often it is seen, without one how
-often it is seen all the same. McNemar's share is summed over everything that can happen, that of the
-unpaired test counted in 2,000 draws. Seeded, no timing, seconds.
+often it is seen all the same. McNemar's share is summed over everything that can happen, that of
+the unpaired test counted in 2,000 draws. Seeded, no timing, seconds.
 """
 
 from __future__ import annotations

@@ -205,12 +205,18 @@ def test_distances_from_full_precision_are_not_tested_against_it(tmp_path):
 
 def test_other_weights_of_the_same_name_are_no_reference(tmp_path):
     store = Store(tmp_path)
-    save(store, FP16, {"piqa": answers(0)})
+    save(store, FP16, {"piqa": answers(0), "boolq": answers(0)})
     other = RTN.model_copy(update={"key": RTN.key.model_copy(update={"weights": "f" * 64})})
-    save(store, other, {"piqa": answers(60)})
+    save(store, other, {"piqa": answers(60), "boolq": answers(60)})
     text = table(store, significance="fp16")
     assert "No comparison could be tested." in text
     assert f"no full-precision row of it is shown: {FP16.checkpoint}." in text
+    save(store, GPTQ, {"piqa": answers(30), "boolq": answers(30)})
+    plain = cells(table(store, delta=True, flips=True))
+    assert not any("**" in row["piqa"] for row in plain)  # nor are they rivals
+    (name,) = [name for name in plain[0] if "Δ" in name]
+    found = {row["Method"]: (row[name], row["Flips"]) for row in plain}
+    assert found == {"full precision": ("–", "–"), "gptq": ("−10.0", "10.0"), "rtn": ("–", "–")}
 
 
 def test_the_csv_has_p_before_and_after_the_correction(store):

@@ -110,13 +110,13 @@ def difference_column(
 ) -> Column:
     """What each row loses or gains against the full-precision row of its checkpoint."""
     reference = {
-        entry.facts["checkpoint"]: cell.measured.value
+        weights_of(entry): cell.measured.value
         for entry, cell in zip(entries, of.cells, strict=True)
         if entry.full_precision and cell.measured and cell.comparable
     }
     cells = []
     for entry, cell in zip(entries, of.cells, strict=True):
-        base = reference.get(entry.facts.get("checkpoint"))
+        base = reference.get(weights_of(entry))
         value = cell.measured.value if cell.measured else None
         shown = entry.ptq and cell.comparable and base is not None and value is not None
         cells.append(
@@ -125,6 +125,11 @@ def difference_column(
             else Cell(MISSING)
         )
     return Column(heading, cells)
+
+
+def weights_of(entry: Entry) -> tuple[object, object]:
+    """What a row may be compared within: checkpoints of one name may hold other weights."""
+    return entry.facts.get("checkpoint"), entry.facts.get("weights")
 
 
 def _score(entry: Entry, key: Key, usual: dict[str, object], stderr: bool) -> Cell:
@@ -157,12 +162,12 @@ def with_spread(text: str, number: Measured) -> str:
 
 def _best(entries: Sequence[Entry], cells: list[Cell]) -> list[Cell]:
     """The same cells with the best PTQ row of each checkpoint and W/A label marked."""
-    rivals: dict[tuple[object, object], list[int]] = defaultdict(list)
+    rivals: dict[tuple[object, ...], list[int]] = defaultdict(list)
     for index, (entry, cell) in enumerate(zip(entries, cells, strict=True)):
         value = cell.measured.value if cell.measured else None
         competes = entry.ptq and not entry.mixed and cell.comparable
         if competes and value is not None and math.isfinite(value):
-            rivals[entry.facts["checkpoint"], entry.facts["label"]].append(index)
+            rivals[(*weights_of(entry), entry.facts["label"])].append(index)
     marked = list(cells)
     for indices in rivals.values():
         if len(indices) < 2:

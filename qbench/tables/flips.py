@@ -12,14 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from qbench.comparison.entries import Entry, Measured
 from qbench.comparison.pairing import NotPaired, flips, pair
 from qbench.comparison.significance import Tester
 from qbench.errors import QBenchError
 from qbench.study.store import Store
-from qbench.tables.columns import with_spread
+from qbench.tables.columns import weights_of, with_spread
 from qbench.tables.sheet import MISSING, Cell, Column, Sheet, accuracy_text
 
 _REMARK = (
@@ -45,10 +44,10 @@ def with_flips(sheet: Sheet, store: Store) -> Sheet:
     tester = Tester(store)
     rows = [Entry(facts, str(facts["method"]), {}, facts["source"]) for facts in sheet.facts]
     tasks = [place for place, column in enumerate(sheet.columns) if _is_task(column)]
-    wholes = {_weights(row): i for i, row in enumerate(rows) if row.full_precision}
+    wholes = {weights_of(row): i for i, row in enumerate(rows) if row.full_precision}
     cells = []
     for index, row in enumerate(rows):
-        whole = wholes.get(_weights(row))
+        whole = wholes.get(weights_of(row))
         if whole is None or not row.ptq or not tasks:
             cells.append(Cell(MISSING))
             continue
@@ -64,10 +63,6 @@ def with_flips(sheet: Sheet, store: Store) -> Sheet:
 def _is_task(column: Column) -> bool:
     numbers = [cell.measured for cell in column.cells if cell.measured is not None]
     return any(n.kind == "accuracy" and n.conditions and not n.parts for n in numbers)
-
-
-def _weights(row: Entry) -> tuple[Any, Any]:
-    return row.facts.get("checkpoint"), row.facts.get("weights")
 
 
 def _cell(

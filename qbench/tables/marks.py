@@ -23,6 +23,7 @@ from qbench.comparison.significance import MCNEMAR, RANDOMIZATION, Number, Teste
 from qbench.comparison.statistics import LEVEL, wilson
 from qbench.errors import QBenchError, unknown
 from qbench.study.store import Store
+from qbench.tables.columns import weights_of
 from qbench.tables.sheet import Cell, Column, Sheet
 
 MODES = ("off", "fp16", "best")
@@ -122,9 +123,9 @@ def _against_whole(sheet: Sheet, rows: Sequence[Entry]) -> Iterator[_Pair]:
         if _is_distance(column):
             continue
         shown = list(_shown(column, rows))
-        wholes = {_weights(e): i for i, e, _ in reversed(shown) if e.full_precision}
+        wholes = {weights_of(e): i for i, e, _ in reversed(shown) if e.full_precision}
         for index, entry, _ in shown:
-            reference = wholes.get(_weights(entry))
+            reference = wholes.get(weights_of(entry))
             if reference is not None and not entry.full_precision:
                 yield _Pair(place, reference, index)
 
@@ -138,18 +139,13 @@ def _is_distance(column: Column) -> bool:
     return bool(kinds & {"divergence", "agreement"})
 
 
-def _weights(entry: Entry) -> tuple[object, object]:
-    """Checkpoints of one name may hold other weights."""
-    return entry.facts["checkpoint"], entry.facts.get("weights")
-
-
 def _against_best(sheet: Sheet, rows: Sequence[Entry]) -> Iterator[_Pair]:
     """Every rival against the best of its group: those that compete for the bold mark."""
     for place, column in enumerate(sheet.columns):
-        groups: dict[tuple[object, object], list[tuple[int, Cell]]] = defaultdict(list)
+        groups: dict[tuple[object, ...], list[tuple[int, Cell]]] = defaultdict(list)
         for index, entry, cell in _shown(column, rows):
             if entry.ptq and not entry.mixed:
-                groups[entry.facts["checkpoint"], entry.facts["label"]].append((index, cell))
+                groups[(*weights_of(entry), entry.facts["label"])].append((index, cell))
         for group in groups.values():
             best = next((index for index, cell in group if cell.best), None)
             for index, _ in group:
@@ -207,8 +203,8 @@ def _remarks(
     )
     if any(map(_is_distance, sheet.columns)):
         kept.append("KL and top-1 are distances from that row themselves, and are not tested.")
-    whole = {_weights(entry) for entry in rows if entry.full_precision}
-    own = [e for e in rows if e.source == "measured" and _weights(e) not in whole]
+    whole = {weights_of(entry) for entry in rows if entry.full_precision}
+    own = [e for e in rows if e.source == "measured" and weights_of(e) not in whole]
     without = dict.fromkeys(str(entry.facts["checkpoint"]) for entry in own)
     if without:
         kept.append(f"Not tested, as no full-precision row of it is shown: {', '.join(without)}.")
