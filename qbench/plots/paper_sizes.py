@@ -174,8 +174,8 @@ def _over_energy(panel: SizePanel, entries: Sequence[Entry]) -> SizePanel | None
     if len({point.x for point in moved.points}) < 2:
         return None
     for line, points in panel.lines().items():
-        found = {p.x: energies.get((p.run or p.series, p.x)) for p in points}
-        pairs = sorted((energy, size) for size, energy in found.items() if energy is not None)
+        keys = {point.x: (point.run or point.series, point.x) for point in points}
+        pairs = sorted((energies[key], size) for size, key in keys.items() if key in energies)
         if line in panel.laws and len(pairs) > 1:
             moved.laws[line] = _LawOverEnergy.of(panel.laws[line], pairs)
     return moved
