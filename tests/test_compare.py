@@ -15,7 +15,7 @@ from qbench.comparison.statistics import holm, mcnemar_p, paired_bootstrap, sign
 from qbench.comparison.two_runs import compare
 from qbench.errors import QBenchError
 from qbench.evaluation.data import hash_json
-from qbench.record import CalibrationSpec
+from qbench.record import CalibrationSpec, Metric
 from qbench.study.store import Store
 from qbench.tables.two_runs import compare_text
 
@@ -160,6 +160,25 @@ def test_where_the_interval_leaves_out_zero_and_the_test_does_not_the_test_is_be
     assert "believe p" in compare_text(store.root, "opt-6.7b/W16A16", "rtn", tasks=["piqa"])
     text = compare_text(store.root, "opt-6.7b/W16A16", "gptq", tasks=["wikitext2"])
     assert "believe p" not in text
+
+
+def test_a_distance_from_full_precision_is_tested_between_quantized_runs_alone(store):
+    kl = np.abs(np.random.default_rng(1).normal(0.3, 0.1, 30))
+    for record, size in ((FP16, 0), (GPTQ, 1), (ACT_ORDER, 2)):
+        items = windows(LOSSES) | {"kl": size * kl, "n_agreeing": np.full(30, 31 - 2 * size)}
+        of = measured(record, "wikitext2", items, protocol="agreement-32")
+        of.metrics = {"kl_divergence": Metric.of(size * kl.sum() / 930)}
+        of.metrics["top1_agreement"] = Metric.of(1 - 2 * size / 31)
+        store.save_quantization(record)
+        store.save_task(record.checkpoint, record.key, of, items)
+    names = [str(store.folder(r.checkpoint, r.key)) for r in (FP16, GPTQ, ACT_ORDER)]
+
+    def of_two(a, b):
+        changes = compare(*sides(store, a, b), tasks=["wikitext2"]).changes
+        return [(c.p is not None, c.reason) for c in changes if c.protocol == "agreement-32"]
+
+    assert of_two(*names[1:]) == [(True, "")] * 2
+    assert of_two(*names[:2]) == [(False, "it is a distance from full precision already")] * 2
 
 
 def test_a_perplexity_beyond_all_numbers_is_no_crash(store):

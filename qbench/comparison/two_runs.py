@@ -29,6 +29,7 @@ from qbench.comparison.statistics import (
 )
 from qbench.errors import QBenchError, unknown
 from qbench.record import Metric, TaskRecord
+from qbench.scheme import Scheme
 from qbench.study.store import Run, Store
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ _TOLD |= {"seed": "fewshot_seed", "version": "task_version"}
 """Field of a task's key -> the condition it is."""
 _RATIO = ("perplexity",)
 """Metrics that are compared by their quotient: exponentials of a mean loss."""
+_DISTANCES = ("kl_divergence", "top1_agreement")
+"""Metrics that full precision has by definition."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +224,14 @@ def _measured(
     try:
         paired = pair(*(Measurement.read(side.store, side.run, task) for side, task in (a, b)))
         notes = (*paired.notes, *_seen(one, two))
-        tested = [_tested(change, replace(paired, notes=notes), seed) for change in plain]
+        paired = replace(paired, notes=notes)
+        whole = [Scheme.parse(side.run.quantization.key.scheme).is_identity for side, _ in (a, b)]
+        tested = [
+            replace(change, reason="it is a distance from full precision already", notes=notes)
+            if any(whole) and change.metric in _DISTANCES
+            else _tested(change, paired, seed)
+            for change in plain
+        ]
         if shown[0] in SCORES and not paired.of_windows:
             return tested, _flipped(paired, one, shown[0])
         return tested, None
