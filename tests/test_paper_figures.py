@@ -364,6 +364,13 @@ def test_every_cell_has_its_number_and_cells_without_one_say_why(twins, monkeypa
     assert [patch.get_xy() for patch in hatched] == [(3, 2)]
 
 
+def test_a_heat_map_of_full_precision_alone_says_what_it_lacks(tmp_path):
+    store = Store(tmp_path / "runs")
+    add(store, quantization("fp"), dict.fromkeys(BITNET_TASKS, 0.5))
+    with pytest.raises(QBenchError, match="^nothing to draw: no quantized run was measured; mea"):
+        plot(store, "heatmap", output=tmp_path / "f.png")
+
+
 def test_perplexities_that_diverged_are_grey_and_named(monkeypatch, tmp_path):
     drawn = figure(bitnet_store(tmp_path), "heatmap", monkeypatch, metric="perplexity")
     texts = {text.get_text() for text in drawn.axes[0].texts}

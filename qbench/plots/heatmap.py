@@ -68,7 +68,8 @@ def draw_heatmap(wanted: Wanted) -> Figure:
     about = [_SEEDS if line.startswith("Shaded:") else line for line in about]
     grids = [grid_of(panel, entries, not accuracy) for panel in panels if _quantized(panel)]
     if not grids:
-        why = "; ".join(about) or "no quantized run was measured"
+        whole = any(panel.points for panel in panels)
+        why = "no quantized run was measured" if whole or not about else "; ".join(about)
         raise QBenchError(f"nothing to draw: {why}; measure more, or choose with --task")
     return draw_grids(grids, accuracy, about, wanted)
 
