@@ -65,6 +65,9 @@ def test_table4_against_the_paper_has_the_papers_own_digits(bitnet: Store) -> No
     """The printed averages, not the means of printed tasks: 52.45 would round to 52.4."""
     rows = cells(table(bitnet, "bitnet-table4", against="bitnet-table4"))
     printed = {row["Methods"].split(" (pub")[0]: row for row in rows if "publ" in row["Methods"]}
+    assert list(printed) == [
+        *("BitNet (Absmax+SubLN)", "Elastic+Pre-LN", "Absmax+Pre-LN", "Absmax+BMT"),
+    ]
     own = printed["BitNet (Absmax+SubLN)"]
     assert [own[f"0-shot {n}"] for n in ("HS", "WGe", "WG", "SC", "Avg")] == [
         *("33.2", "52.1", "60.7", "63.2", "52.3"),

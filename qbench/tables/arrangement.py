@@ -112,7 +112,8 @@ def ordered(entries: list[Entry]) -> tuple[list[Entry], set[int]]:
         facts = entry.facts
         bits = (-facts["wbits"], entry.trained, -facts["abits"])
         name = "" if entry.trained else facts["baseline"]
-        return block(entry), *bits, name, entry.source, facts["label"], entry.method
+        method = entry.method if entry.source == "measured" else ""  # published: as printed
+        return block(entry), *bits, name, entry.source, facts["label"], method
 
     rows = sorted(entries, key=order)
     return rows, {i for i in range(1, len(rows)) if block(rows[i]) != block(rows[i - 1])}
