@@ -239,7 +239,16 @@ def test_lists_name_what_there_is(tiny, text, tmp_path):
     tasks = {line.split()[0] for line in qbench("list", "tasks").stdout.splitlines()}
     assert tasks >= {"wikitext2", "b158", "piqa", "wsc285", "storycloze_2018", "lambada_openai"}
     corpora = {line.split()[0] for line in qbench("list", "corpora").stdout.splitlines()}
-    assert corpora == {"wikitext2", "ptb", "ptb-new", "c4", "c4-new", "tinystories", "world"}
+    assert corpora == {
+        "wikitext2",
+        "ptb",
+        "ptb-new",
+        "c4",
+        "c4-new",
+        "tinystories",
+        "world",
+        "pile-val",
+    }
     qbench("run", tiny, "--tasks", f"{text}@gptq-16", "--results", tmp_path)
     assert (
         qbench("list", "runs", "--results", tmp_path).stdout == "tiny  W16A16  none  ok  text.txt\n"
