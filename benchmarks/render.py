@@ -11,6 +11,7 @@ from pathlib import Path
 from benchmarks.common import RESULTS, Report
 
 ORDER = (
+    "products",
     "solvers",
     "model_quantization",
     "evaluation",

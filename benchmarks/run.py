@@ -13,6 +13,7 @@ import sys
 from benchmarks import common, render
 
 SCRIPTS = (
+    "products",
     "solvers",
     "model_quantization",
     "evaluation",

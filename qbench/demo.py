@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from qbench.plots.plot import plot
@@ -53,23 +51,9 @@ WORLD_TASKS = [
 ]  # fmt: skip
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Matrices this small are multiplied sooner by one thread than by two that wait for another."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def demo(results: Path, full: bool = False) -> int:
     """Run the rows, print the table, draw the figure; returns the exit code."""
-    with _one_thread():
-        code = run_sweep(demo_sweep(results, full), Reporter())
+    code = run_sweep(demo_sweep(results, full), Reporter())
     store, figure = Store(results), results / "accuracy_vs_bits.png"
     print(table(store, format="terminal", width=shutil.get_terminal_size((110, 24)).columns))
     plot(store, "accuracy-vs-bits", output=figure)

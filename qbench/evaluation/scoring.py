@@ -23,6 +23,7 @@ from qbench.evaluation.forward import Forward, forward_of, lacks_memory
 from qbench.evaluation.packing import Batch, PackedRows, Row
 from qbench.evaluation.sharing import Sharing, sharing_of, tree_width
 from qbench.evaluation.tasks import BATCHING, Progress
+from qbench.models.products import fast_products
 from qbench.quantization.activations import scales_per_sequence
 from qbench.quantization.outcome import batching_of
 
@@ -103,7 +104,7 @@ def score(
     run = forward or forward_of(model)
     details: dict[str, Any] = {}
     if policy == "shared":
-        with torch.inference_mode():
+        with torch.inference_mode(), fast_products(model):
             sharing = worth_sharing(model, rows, batch_tokens, sharing, run)
         details["sharing"] = sharing.reason
         shared = sharing.exact
@@ -144,7 +145,7 @@ def read_rows(
     """
     alone = scales_per_sequence(model) if policy == "equal length" else nullcontext()
     run = forward or forward_of(model)
-    with torch.inference_mode(), alone:
+    with torch.inference_mode(), fast_products(model), alone:
         found, budget, halvings = _read(model, rows, read, policy, budget, run, progress)
     return found, {"batching": policy, "batch_tokens": budget, "oom_halvings": halvings}
 

@@ -38,7 +38,8 @@ class Block:
     input_groups: list[list[str]] = field(default_factory=list)
     """Names of linears that read the same tensor, in order of execution."""
     folds: list[NormFold] = field(default_factory=list)
-    """Norms whose per-channel scale can move into the linears they feed."""
+    """Norms whose per-channel scale can move into the linears they feed; looked for where a
+    baseline has a transform."""
     unfoldable: list[tuple[str, str]] = field(default_factory=list)
     """Norms that feed linears but cannot take a scale: (name, why)."""
     attention_inputs: list[str] = field(default_factory=list)
@@ -183,8 +184,13 @@ def _recording(
             handle.remove()
 
 
-def trace_block(name: str, module: nn.Module, runner: BlockRunner, hidden: Tensor) -> Block:
-    """Run a block once on ``hidden`` (sequences, tokens, hidden) and describe what was seen."""
+def trace_block(
+    name: str, module: nn.Module, runner: BlockRunner, hidden: Tensor, folds: bool = True
+) -> Block:
+    """Run a block once on ``hidden`` (sequences, tokens, hidden) and describe what was seen.
+
+    Without ``folds`` no norm is tried out: that takes further runs, and is for transforms alone.
+    """
     owned, loose = _owned_matrices(module), _loose_matrices(module)
     with _recording(module, owned, loose) as seen:
         reference = runner(hidden, 0)
@@ -200,12 +206,13 @@ def trace_block(name: str, module: nn.Module, runner: BlockRunner, hidden: Tenso
             for linear, _, inside in seen.products[: seen.before_attention]
             if linear.name in block.linears and f"{inside}.".startswith(prefix)
         ]
-    readers = [(linear, x) for linear, x, _ in seen.products]
-    reached = {linear.name for linear, x in readers if x.numel()}
-    unseen = [linear for linear in (*owned, *loose) if linear.name not in reached]
-    block.folds, block.unfoldable = find_folds(
-        seen.norms, readers, unseen, lambda: runner(hidden, 0), reference
-    )
+    if folds:
+        readers = [(linear, x) for linear, x, _ in seen.products]
+        reached = {linear.name for linear, x in readers if x.numel()}
+        unseen = [linear for linear in (*owned, *loose) if linear.name not in reached]
+        block.folds, block.unfoldable = find_folds(
+            seen.norms, readers, unseen, lambda: runner(hidden, 0), reference
+        )
     return block
 
 

@@ -60,8 +60,17 @@ class Linear:
         return out_features, in_features
 
     def set_weight_(self, weight: Tensor) -> None:
-        """Overwrite the parameter with a matrix (out_features, in_features), cast to its dtype."""
-        self.weight.copy_(weight)
+        """Overwrite the parameter with a matrix (out_features, in_features), cast to its dtype.
+
+        A parameter of its own gets new memory: what a file is mapped to would be read, and copied
+        page by page, before it is overwritten.
+        """
+        parameter = getattr(self.module, self.parameter)
+        if self.expert is not None or self.transposed or weight.shape != parameter.shape:
+            self.weight.copy_(weight)
+            return
+        anew = torch.empty_like(parameter.data, memory_format=torch.contiguous_format)
+        parameter.data = anew.copy_(weight)
 
 
 InputHook = Callable[[Linear, Tensor], Tensor | None]

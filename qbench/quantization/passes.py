@@ -62,15 +62,16 @@ class Calibration:
         with torch.no_grad(), eager_experts(self.model):
             return capture(self.model, self.windows[:1, :TRACE_TOKENS])
 
-    def trace(self, number: int, name: str, module: nn.Module) -> Block:
+    def trace(self, number: int, name: str, module: nn.Module, folds: bool) -> Block:
         """Trace a block of this model or of a copy, before anything changes it.
 
         Blocks come in order, first to last: each is traced on what the one before it gave.
+        ``folds`` as for :func:`~qbench.models.blocks.trace_block`.
         """
         entering = self._trace_capture.hidden[0] if number == 0 else self._traced
         assert entering is not None
         run = self._trace_capture.runner(name, module)
-        block = trace_block(name, module, run, entering)
+        block = trace_block(name, module, run, entering, folds)
         self._traced = run(entering, 0)
         block.runner = self.captured.runner(name, module)
         return block

@@ -27,6 +27,7 @@ from qbench.baseline import Baseline, TransformContext, resolve_scheme, why_not
 from qbench.errors import QBenchError
 from qbench.grid import check_group_size
 from qbench.models.blocks import Block, find_blocks
+from qbench.models.products import fast_products
 from qbench.models.streaming import Stream, resident, stream_of
 from qbench.quantization.activations import (
     Range,
@@ -85,7 +86,7 @@ def quantize_model(
     if not needs_calibration(baseline, scheme):
         calibration = None
     mark_(model, result)
-    with torch.no_grad():
+    with torch.no_grad(), fast_products(model):
         use_eager_experts_(model)
         baseline.prepare(model, Rounder(baseline, scheme, seed).generator("prepare"))
         shared = _passes(model, baseline, calibration)
@@ -188,7 +189,7 @@ class _Loop:
                 self.hidden = self.calibration.captured.hidden
             known = stream is not None and self._finished(stream, name)
             with resident(self.model, name):
-                block = self.calibration.trace(number, name, module)
+                block = self.calibration.trace(number, name, module, rewrites(self.baseline))
                 block.is_last = number == len(blocks) - 1
                 check_block(block, self.scheme)
                 self.result.skipped |= {f"{name}.{n}": why for n, why in block.skipped.items()}

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qbench.baseline import Baseline
@@ -242,7 +243,9 @@ def _proxy_loss(
 
 def quadratic(matrix: Tensor, hessian: Tensor) -> Tensor:
     """tr(M H Mᵀ) for a matrix (out_features, in_features)."""
-    return (matrix @ hessian.to(matrix.device)).mul_(matrix).sum(1).double().sum()
+    # as a product with a weight, which H may stand for since it is symmetric
+    product = F.linear(matrix, hessian.to(matrix.device))
+    return product.mul_(matrix).sum(1).double().sum()
 
 
 def _square(x: Tensor) -> Tensor:

@@ -1,0 +1,120 @@
+"""Products with weights, ``F.linear``, at the speed of the machine.
+
+Torch hands float32 products to the BLAS that it was built with: MKL in the wheels for x86, which
+leaves processors of other makers a fifth to a third of their speed. oneDNN, which is in the same
+wheels and does torch's bfloat16 products, compiles a kernel for the processor at hand
+(``python -m benchmarks.products`` measures both). It computes in float32 all the same: only the
+order of the sums differs. Products of small models are over sooner than a second thread has woken
+up, so these run on one.
+
+Left out: products that need a gradient, GPT-2's ``Conv1D``, single small products, and other
+processors, where torch's own choice stands.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from qbench.errors import QBenchError
+from qbench.models.blocks import find_blocks
+
+SMALL = 1 << 18
+"""Weights in the largest matrix of a block below which a model is small (512 x 512)."""
+WORTH_IT = 1 << 24
+"""Multiplications from which on a kernel of its own is worth its compilation."""
+
+
+@contextmanager
+def fast_products(model: nn.Module) -> Iterator[None]:
+    """While active, a model on a CPU multiplies as suits its size.
+
+    Large float32 products run in oneDNN, on x86; small models run on one thread.
+    """
+    largest = _largest_matrix(model)
+    if largest is None or largest.device.type == "cuda":
+        yield
+    elif largest.numel() < SMALL:
+        with _one_thread():
+            yield
+    elif largest.dtype is torch.float32 and has_onednn():
+        with _Products():
+            yield
+    else:
+        yield
+
+
+def _largest_matrix(model: nn.Module) -> Tensor | None:
+    """Of the first block; None where a model has no blocks."""
+    try:
+        _, block = find_blocks(model)[0]
+    except QBenchError:
+        return None
+    matrices = [p for p in block.parameters() if p.ndim > 1]
+    return max(matrices, key=Tensor.numel, default=None)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@cache
+def has_onednn() -> bool:
+    """Whether this torch has oneDNN on an x86 CPU, and it multiplies as it should."""
+    operator = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    if operator is None or platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    if not torch.backends.mkldnn.is_available():
+        return False
+    x, weight = torch.arange(12.0).view(3, 4), torch.arange(8.0).view(2, 4)
+    try:
+        return torch.equal(_product(x, weight, None), x @ weight.T)
+    except (RuntimeError, TypeError):  # an operator of torch's own, which may change
+        return False
+
+
+def _suits(x: Tensor, weight: Tensor) -> bool:
+    return (
+        x.dtype is torch.float32
+        and weight.dtype is torch.float32
+        and weight.ndim == 2
+        and x.numel() * weight.shape[0] >= WORTH_IT
+        and x.device.type == "cpu"
+        and x.is_contiguous()
+        and weight.is_contiguous()
+        and not torch.is_grad_enabled()
+    )
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return found
+
+
+class _Products(TorchFunctionMode):
+    """Sends ``F.linear`` to oneDNN."""
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is F.linear and not kwargs and _suits(args[0], args[1]):
+            return _product(args[0], args[1], args[2] if len(args) > 2 else None)
+        return func(*args, **(kwargs or {}))
