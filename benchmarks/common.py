@@ -24,6 +24,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from qbench.process import SETTINGS
+
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 QUICK = Path(__file__).parent / "quick"
@@ -145,13 +147,14 @@ def take_turns(
 def thread_variables(threads: int) -> dict[str, str]:
     """The environment of a process that computes with so many threads.
 
-    Waiting threads sleep instead of spinning, on both sides, unless the environment says
-    otherwise: spinning costs up to ten times where cores are shared.
+    Both sides get what qbench's command line sets for itself, unless the environment says
+    otherwise: waiting threads sleep instead of spinning, which costs up to ten times where cores
+    are shared, and torch takes its memory in large pages.
     """
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+    settings = {name: os.environ.get(name, value) for name, value in SETTINGS.items()}
     return dict.fromkeys(names, str(threads)) | {
-        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive"),
-        "TOKENIZERS_PARALLELISM": "false",
+        **settings,
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         "TQDM_DISABLE": "1",

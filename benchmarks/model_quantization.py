@@ -19,7 +19,6 @@ from typing import Any
 from benchmarks import common
 from benchmarks.common import Report, Table, Times
 from benchmarks.models import LLAMA_100M, LLAMA_SMALL, make_checkpoint, make_windows
-from qbench.process import set_up
 
 SCHEME = "W4A16g128:grid=asym"
 BARS = {"auto-gptq": 2.5, "llm-compressor": 1.0, "gptqmodel": 1.0}
@@ -37,8 +36,6 @@ def load(checkpoint: str, windows: str) -> tuple[Any, Any]:
 
 def run_side(side: str, checkpoint: str, file: str) -> dict[str, Any]:
     """Quantize once, in this process, with qbench or auto-gptq's classes."""
-    if side == "qbench":
-        set_up()  # as its command line does, before torch is loaded
     import torch
 
     from qbench import quantize_model
@@ -57,7 +54,7 @@ def run_side(side: str, checkpoint: str, file: str) -> dict[str, Any]:
         with_auto_gptq.quantize(model, windows, classes)
     else:
         baseline = load_baseline("gptq").instance
-        compiled_walk("cpu")
+        compiled_walk("cpu")  # imports numba; what it compiled is read by the clock
         started = time.perf_counter()
         quantize_model(model, baseline, SCHEME, windows)
     seconds = time.perf_counter() - started

@@ -19,7 +19,6 @@ from typing import Any
 from benchmarks import common, questions
 from benchmarks.common import Report, Table, Times
 from benchmarks.models import LLAMA_100M, make_checkpoint
-from qbench.process import set_up
 
 BAR = 4.0
 ROWS = (
@@ -72,8 +71,7 @@ def job(options: Any, folder: Path) -> dict[str, Any]:
 
 
 def run_qbench(asked: dict[str, Any], results: Path) -> dict[str, Any]:
-    """The sweep as the command line runs it, and what its records say about time."""
-    set_up()  # of the process, before torch is loaded
+    """The sweep, and what its records say about time."""
     from qbench.progress import Reporter
     from qbench.study.commands import run_sweep
     from qbench.study.sweep import BaselineEntry, CalibrationEntry, Sweep

@@ -480,3 +480,17 @@ def test_a_fold_moves_the_scale_of_norm_and_bias_into_its_readers():
     assert torch.equal(norm.weight.data, 1 / scale)
     assert norm.bias.tolist() == [1.0, 1.0, 0.75, 8.0]
     assert torch.equal(linear.weight.data, weight * scale)
+
+
+def test_a_new_weight_takes_new_memory_and_stays_the_parameter_that_others_hold():
+    """Pages of a file that are mapped are not written to; tied modules see the new values."""
+    mapped = torch.ones(4, 2).T  # strided, as nothing that is saved should be
+    module, tied = nn.Linear(4, 2, bias=False), nn.Linear(4, 2, bias=False)
+    module.weight = tied.weight = nn.Parameter(mapped, requires_grad=False)
+    values = torch.arange(8.0).view(2, 4)
+    with torch.inference_mode():
+        Linear("x", module).set_weight_(values)
+    assert tied.weight is module.weight and torch.equal(tied.weight, values)
+    assert torch.equal(mapped, torch.ones(2, 4))
+    assert module.weight.data_ptr() != values.data_ptr() and module.weight.is_contiguous()
+    assert not module.weight.is_inference()

@@ -193,7 +193,7 @@ def test_time_is_passes_solving_rounding_evaluation_and_reading():
 def test_speed_is_measured_on_the_files_at_hand(tmp_path):
     (tmp_path / "weights").write_bytes(bytes(100))
     speed = measure(64, "float32", "cpu", [tmp_path / "weights"])
-    assert 0 < speed.read < float("inf") and speed.products == speed.products32 > 1e6
+    assert 0 < speed.read < float("inf") and min(speed.products, speed.products32) > 1e6
     assert measure(64, "float32", "cpu", []).read == float("inf")
 
 

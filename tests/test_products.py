@@ -7,9 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from qbench import quantize_model
+from qbench.evaluation.packing import PackedRows, Row
+from qbench.evaluation.scoring import score_rows
+from qbench.evaluation.sharing import sharing_of
 from qbench.models import products
 from qbench.models.products import fast_products, has_onednn
-from qbench.testing.models import tiny_model
+from qbench.study.environment import environment
+from qbench.testing import tiny_model, tiny_windows
 
 needs_onednn = pytest.mark.skipif(not has_onednn(), reason="torch without oneDNN on x86")
 
@@ -103,12 +108,56 @@ def test_a_small_model_runs_on_one_thread_and_the_threads_come_back(monkeypatch)
     assert now == [7]
 
 
-def test_a_model_without_blocks_or_on_another_device_is_left_alone(monkeypatch):
+@pytest.mark.parametrize(
+    ("what", "width"),
+    [("no blocks", 4), ("no blocks", 512), ("bfloat16", 512), ("another device", 4)],
+)
+def test_other_models_are_left_alone(monkeypatch, sent, what, width):
     monkeypatch.setattr(torch, "set_num_threads", lambda n: pytest.fail("threads were changed"))
-    with fast_products(nn.Linear(4, 4)):
-        pass
-    with fast_products(Blocks(512, dtype=torch.bfloat16)), torch.no_grad():
-        assert F.linear(torch.ones(600, 512), torch.ones(512, 512)).sum() == 600 * 512 * 512
+    model = Blocks(width, dtype=torch.bfloat16 if what == "bfloat16" else torch.float32)
+    if what == "no blocks":
+        model = model.blocks[0]
+    elif what == "another device":
+        monkeypatch.setattr(products, "_device", lambda model: "cuda")
+    with torch.no_grad(), fast_products(model):
+        F.linear(torch.ones(600, 512), torch.ones(512, 512))
+    assert sent == []
+
+
+def test_the_device_of_a_model_whose_blocks_are_on_disk_is_that_of_the_rest():
+    model = nn.ModuleList([Blocks(4, device="meta"), nn.Linear(4, 4)])
+    assert products._device(model) == "cpu"
+    assert products._device(Blocks(4, device="meta")) == "cpu"
+
+
+def test_a_large_head_makes_a_model_large():
+    model = tiny_model("llama", vocab_size=16_384)
+    assert products._largest_matrix(model) is model.get_output_embeddings().weight
+    assert products._largest_matrix(tiny_model("llama", vocab_size=8)).shape[1] != 8
+
+
+@needs_onednn
+def test_quantizing_scoring_and_the_test_of_sharing_multiply_there(monkeypatch, sent):
+    monkeypatch.setattr(products, "SMALL", 0)
+    monkeypatch.setattr(products, "WORTH_IT", 0)
+    model = tiny_model("llama")
+    quantize_model(model, "gptq", "W4A16", tiny_windows())
+    assert sent
+    sent.clear()
+    rows = [Row((*range(1, 20), token, 7), 2) for token in (4, 5)]
+    score_rows(model, rows, batching="padded")
+    assert sent
+    sent.clear()
+    assert sharing_of(model, PackedRows(rows)).exact
+    assert sent
+
+
+def test_the_environment_tells_the_threads_that_a_model_is_run_with(monkeypatch):
+    now = [7]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: now[0])
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: now.__setitem__(0, n))
+    assert environment()["threads"] == environment("cpu", Blocks(512))["threads"] == "7"
+    assert environment("cpu", Blocks(8))["threads"] == "1"
 
 
 @needs_onednn

@@ -104,7 +104,7 @@ def score(
     run = forward or forward_of(model)
     details: dict[str, Any] = {}
     if policy == "shared":
-        with torch.inference_mode(), fast_products(model):
+        with torch.inference_mode():
             sharing = worth_sharing(model, rows, batch_tokens, sharing, run)
         details["sharing"] = sharing.reason
         shared = sharing.exact

@@ -23,6 +23,7 @@ import torch
 from qbench.errors import QBenchError
 from qbench.evaluation.forward import Forward, forward_of, lacks_memory
 from qbench.evaluation.packing import WIDTH, Batch, PackedRows, Row
+from qbench.models.products import fast_products
 from qbench.quantization.activations import activations_off
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ def _test(model: PreTrainedModel, packed: PackedRows, tree: Batch, run: Forward)
     sizes = packed.longest, tree.ids.shape[1]
     sample = PackedRows([packed.rows[i] for i in _sample(packed, tree)])
     chosen = dict(zip(_sample(packed, tree), sample.wanted, strict=True))
-    with torch.inference_mode(), activations_off(model):
+    with torch.inference_mode(), fast_products(model), activations_off(model):
         try:
             whole = _values(model, [tree], run)
         except Exception as error:  # noqa: BLE001 - what a model raises that takes no such mask

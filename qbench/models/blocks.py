@@ -38,8 +38,8 @@ class Block:
     input_groups: list[list[str]] = field(default_factory=list)
     """Names of linears that read the same tensor, in order of execution."""
     folds: list[NormFold] = field(default_factory=list)
-    """Norms whose per-channel scale can move into the linears they feed; looked for where a
-    baseline has a transform."""
+    """Norms whose per-channel scale can move into the linears they feed; only baselines with a
+    ``transform`` find them here."""
     unfoldable: list[tuple[str, str]] = field(default_factory=list)
     """Norms that feed linears but cannot take a scale: (name, why)."""
     attention_inputs: list[str] = field(default_factory=list)

@@ -62,14 +62,15 @@ class Linear:
     def set_weight_(self, weight: Tensor) -> None:
         """Overwrite the parameter with a matrix (out_features, in_features), cast to its dtype.
 
-        A parameter of its own gets new memory: what a file is mapped to would be read, and copied
-        page by page, before it is overwritten.
+        An nn.Linear's gets new memory: pages of a file that are mapped would be copied one by one
+        before they are overwritten.
         """
         parameter = getattr(self.module, self.parameter)
         if self.expert is not None or self.transposed or weight.shape != parameter.shape:
             self.weight.copy_(weight)
             return
-        anew = torch.empty_like(parameter.data, memory_format=torch.contiguous_format)
+        with torch.inference_mode(False):  # or the parameter could never be trained again
+            anew = torch.empty_like(parameter.data, memory_format=torch.contiguous_format)
         parameter.data = anew.copy_(weight)
 
 

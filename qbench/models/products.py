@@ -1,11 +1,11 @@
-"""Products with weights, ``F.linear``, at the speed of the machine.
+"""Products with weights, ``F.linear``, on a CPU.
 
 Torch hands float32 products to the BLAS that it was built with: MKL in the wheels for x86, which
-leaves processors of other makers a fifth to a third of their speed. oneDNN, which is in the same
-wheels and does torch's bfloat16 products, compiles a kernel for the processor at hand
-(``python -m benchmarks.products`` measures both). It computes in float32 all the same: only the
-order of the sums differs. Products of small models are over sooner than a second thread has woken
-up, so these run on one.
+reaches 0.6 to 0.9 of what oneDNN does on a processor of another maker. oneDNN is in the same wheels
+and does torch's bfloat16 products; it compiles a kernel for the processor at hand, whoever made it
+(``python -m benchmarks.products`` measures both; processors of Intel were not at hand). It computes
+in float32 all the same: only the order of the sums differs. Products of small models are over
+sooner than a second thread has woken up, so these run on one.
 
 Left out: products that need a gradient, GPT-2's ``Conv1D``, single small products, and other
 processors, where torch's own choice stands.
@@ -28,7 +28,7 @@ from qbench.errors import QBenchError
 from qbench.models.blocks import find_blocks
 
 SMALL = 1 << 18
-"""Weights in the largest matrix of a block below which a model is small (512 x 512)."""
+"""Weights in the largest matrix of blocks and head below which a model is small (512 x 512)."""
 WORTH_IT = 1 << 24
 """Multiplications from which on a kernel of its own is worth its compilation."""
 
@@ -37,10 +37,11 @@ WORTH_IT = 1 << 24
 def fast_products(model: nn.Module) -> Iterator[None]:
     """While active, a model on a CPU multiplies as suits its size.
 
-    Large float32 products run in oneDNN, on x86; small models run on one thread.
+    Large float32 products run in oneDNN, on x86; small models run on one thread, whatever the
+    number of torch's threads, which is the process's and comes back afterwards.
     """
     largest = _largest_matrix(model)
-    if largest is None or largest.device.type == "cuda":
+    if largest is None or _device(model) != "cpu":
         yield
     elif largest.numel() < SMALL:
         with _one_thread():
@@ -53,13 +54,21 @@ def fast_products(model: nn.Module) -> Iterator[None]:
 
 
 def _largest_matrix(model: nn.Module) -> Tensor | None:
-    """Of the first block; None where a model has no blocks."""
+    """Of the first block and the output head; None where a model has no blocks."""
     try:
         _, block = find_blocks(model)[0]
     except QBenchError:
         return None
-    matrices = [p for p in block.parameters() if p.ndim > 1]
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    parts = [block] if head is None else [block, head]
+    matrices = [p for part in parts for p in part.parameters() if p.ndim > 1]
     return max(matrices, key=Tensor.numel, default=None)
+
+
+def _device(model: nn.Module) -> str:
+    """The kind of device; blocks that are on disk have none of their own."""
+    kinds = (p.device.type for p in model.parameters())
+    return next((kind for kind in kinds if kind != "meta"), "cpu")
 
 
 @contextmanager
@@ -87,6 +96,13 @@ def has_onednn() -> bool:
         return False
 
 
+def fast_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear`` as :func:`fast_products` has it done in a model that is not small."""
+    if has_onednn() and _suits(x, weight):
+        return _product(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
 def _suits(x: Tensor, weight: Tensor) -> bool:
     return (
         x.dtype is torch.float32
@@ -94,14 +110,14 @@ def _suits(x: Tensor, weight: Tensor) -> bool:
         and weight.ndim == 2
         and x.numel() * weight.shape[0] >= WORTH_IT
         and x.device.type == "cpu"
-        and x.is_contiguous()
         and weight.is_contiguous()
         and not torch.is_grad_enabled()
     )
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    product = torch.ops.mkldnn._linear_pointwise
+    found: Tensor = product(x.contiguous(), weight, bias, "none", [], "")
     return found
 
 
@@ -115,6 +131,6 @@ class _Products(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if func is F.linear and not kwargs and _suits(args[0], args[1]):
-            return _product(args[0], args[1], args[2] if len(args) > 2 else None)
+        if func is F.linear and not kwargs:
+            return fast_linear(*args)
         return func(*args, **(kwargs or {}))

@@ -243,8 +243,7 @@ def _proxy_loss(
 
 def quadratic(matrix: Tensor, hessian: Tensor) -> Tensor:
     """tr(M H Mᵀ) for a matrix (out_features, in_features)."""
-    # as a product with a weight, which H may stand for since it is symmetric
-    product = F.linear(matrix, hessian.to(matrix.device))
+    product = F.linear(matrix, hessian.to(matrix.device))  # M Hᵀ, whose trace with M is the same
     return product.mul_(matrix).sum(1).double().sum()
 
 

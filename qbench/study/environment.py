@@ -7,23 +7,30 @@ import platform
 import resource
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PACKAGES = ("qbench", "torch", "transformers", "lm_eval", "datasets", "tokenizers", "numpy")
 
 
-def environment(device: str = "cpu") -> dict[str, str]:
-    """Versions, processor and threads, as text."""
+def environment(device: str = "cpu", model: PreTrainedModel | None = None) -> dict[str, str]:
+    """Versions, processor and the threads that a model is run with, as text."""
     found = dict(_installation())
     found["cpus"] = str(len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count())
     found["device"] = device
     if "torch" in sys.modules:
         import torch
 
-        found["threads"] = str(torch.get_num_threads())
+        from qbench.models.products import fast_products
+
+        with nullcontext() if model is None else fast_products(model):
+            found["threads"] = str(torch.get_num_threads())
         if device.startswith("cuda"):
             found["gpu"] = torch.cuda.get_device_name(device)
     return found

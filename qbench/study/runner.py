@@ -267,6 +267,7 @@ class Workbench:
             result,
             seconds=time.perf_counter() - started,
             peak=peak["bytes"],
+            model=model,
             dimensions=dimensions(model, stored_bytes(self.checkpoint)),
         )
 
@@ -276,6 +277,7 @@ class Workbench:
         result: Quantization | None = None,
         seconds: float | None = None,
         peak: int | None = None,
+        model: PreTrainedModel | None = None,
         **status: Any,
     ) -> QuantizationRecord:
         layers: list[LayerReport] = result.layers if result else []
@@ -294,7 +296,7 @@ class Workbench:
             notes=notes,
             wall_seconds=seconds,
             peak_memory_bytes=peak,
-            environment=environment(self.settings.device),
+            environment=environment(self.settings.device, model),
             created=_now(),
             **status,
         )
@@ -327,7 +329,8 @@ class Workbench:
                 record.details, items = result.details | self._overlap(plan, spec), result.items
         record.wall_seconds = time.perf_counter() - started
         record.peak_memory_bytes = peak["bytes"]
-        record.environment, record.created = environment(self.settings.device), _now()
+        record.environment = environment(self.settings.device, model)
+        record.created = _now()
         self.store.save_task(self.checkpoint.name, plan.key, record, items)
         return record
 

@@ -26,7 +26,7 @@ class Speed:
     """Rates of one machine; every one is per second."""
 
     products: float
-    """FLOP of matrix products in the run's dtype."""
+    """FLOP of products with weights in the run's dtype."""
     products32: float
     """FLOP of matrix products in float32, which hessians and solvers take."""
     rounding: float
@@ -49,10 +49,12 @@ def measure(width: int, dtype: str, device: str, files: Sequence[Path]) -> Speed
     """
     import torch
 
+    from qbench.models.products import fast_linear
+
     width = max(64, min(width, _WIDEST))
     return Speed(
-        products=_products(width, dtype, device),
-        products32=_products(width, "float32", device),
+        products=_products(width, dtype, device, fast_linear),
+        products32=_products(width, "float32", device, torch.matmul),
         rounding=_rounding(device),
         read=_reading(files),
         hashed=_hashing(),
@@ -61,13 +63,14 @@ def measure(width: int, dtype: str, device: str, files: Sequence[Path]) -> Speed
 
 
 @cache
-def _products(width: int, dtype: str, device: str) -> float:
+def _products(width: int, dtype: str, device: str, multiply: Callable[..., Any]) -> float:
     import torch
 
     rows = 512
     left = torch.ones(rows, width, dtype=getattr(torch, dtype), device=device)
     right = torch.ones(width, width, dtype=left.dtype, device=device)
-    return 2 * rows * width**2 / _fastest(lambda: left @ right, device)
+    with torch.no_grad():
+        return 2 * rows * width**2 / _fastest(lambda: multiply(left, right), device)
 
 
 @cache
