@@ -1,11 +1,11 @@
 """Products with weights, ``F.linear``, on a CPU.
 
 Torch hands float32 products to the BLAS that it was built with: MKL in the wheels for x86, which
-reaches 0.6 to 0.9 of what oneDNN does on a processor of another maker. oneDNN is in the same wheels
-and does torch's bfloat16 products; it compiles a kernel for the processor at hand, whoever made it
-(``python -m benchmarks.products`` measures both; processors of Intel were not at hand). It computes
-in float32 all the same: only the order of the sums differs. Products of small models are over
-sooner than a second thread has woken up, so these run on one.
+reaches 0.6 to 0.9 of what oneDNN does with most shapes on a processor of another maker. oneDNN is
+in the same wheels and does torch's bfloat16 products; it compiles a kernel for the processor at
+hand, whoever made it (``python -m benchmarks.products`` measures both; processors of Intel were not
+at hand). It computes in float32 all the same: only the order of the sums differs. In small models
+waking a second thread costs more than the thread spares, so these run on one.
 
 Left out: products that need a gradient, GPT-2's ``Conv1D``, single small products, and other
 processors, where torch's own choice stands.
