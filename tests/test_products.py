@@ -123,7 +123,7 @@ def test_other_models_are_left_alone(monkeypatch, sent, what, width):
     if what == "no blocks":
         model = model.blocks[0]
     elif what == "another device":
-        monkeypatch.setattr(products, "_device", lambda model: "cuda")
+        monkeypatch.setattr(products, "device_kind", lambda model: "cuda")
     with torch.no_grad(), fast_products(model):
         F.linear(torch.ones(600, 512), torch.ones(512, 512))
     assert sent == []
@@ -131,8 +131,8 @@ def test_other_models_are_left_alone(monkeypatch, sent, what, width):
 
 def test_the_device_of_a_model_whose_blocks_are_on_disk_is_that_of_the_rest():
     model = nn.ModuleList([Blocks(4, device="meta"), nn.Linear(4, 4)])
-    assert products._device(model) == "cpu"
-    assert products._device(Blocks(4, device="meta")) == "cpu"
+    assert products.device_kind(model) == "cpu"
+    assert products.device_kind(Blocks(4, device="meta")) == "cpu"
 
 
 def test_a_large_head_makes_a_model_large():

@@ -19,7 +19,6 @@ Left out: other divergences; distributions along generated text.
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -37,7 +36,8 @@ from qbench.evaluation.estimates import ratio
 from qbench.evaluation.forward import forward_of, logits_of
 from qbench.evaluation.packing import Batch, PackedRows
 from qbench.evaluation.perplexity import Part, fixed_windows, window_definition
-from qbench.evaluation.scoring import default_tokens, read_rows
+from qbench.evaluation.reading import read_rows
+from qbench.evaluation.scoring import default_tokens
 from qbench.evaluation.tasks import (
     B158,
     DEFAULT_LENGTH,
@@ -50,6 +50,7 @@ from qbench.evaluation.tasks import (
 )
 from qbench.models.blocks import find_blocks, first_tensor
 from qbench.models.bypass import Bypass, Stop, blocks_replaced, bypass_of
+from qbench.models.side_by_side import double_of
 from qbench.models.streaming import resident, stream_of
 from qbench.quantization.outcome import batching_of
 from qbench.record import Metric
@@ -84,19 +85,21 @@ class Reference:
         """The full-precision logits at ``batch.wanted``, in parts (places, vocabulary)."""
         batch = replace(batch, whole_head=False)
         if self.how is None:
-            for parts in forward_of(self.model)(self.model, [batch]):
+            own = self.model if stream_of(self.model) else double_of(self.model)
+            for parts in forward_of(own)(own, [batch]):
                 yield from parts
             return
         states = torch.stack([self.states[tuple(row)] for row in batch.ids.tolist()])
         final = states.to(self.model.device)
-        last = len(find_blocks(self.model)) - 1
+        model = double_of(self.model)  # several batches may be under way
+        last = len(find_blocks(model)) - 1
         stands_in = blocks_replaced(
-            self.model,
+            model,
             self.how.output,
             lambda number, hidden, _: final if number == last else hidden,
         )
         with stands_in:
-            for parts in logits_of(self.model, [batch]):
+            for parts in logits_of(model, [batch]):
                 yield from parts
 
 
@@ -295,14 +298,8 @@ def _bypass(model: PreTrainedModel) -> Bypass | None:
 
 
 def _tail(model: PreTrainedModel) -> PreTrainedModel:
-    """A model of modules of its own around the same tensors, so that hooks do not meet.
-
-    A streamed model is left as it is: it belongs to the reference alone.
-    """
-    if stream_of(model) is not None:
-        return model
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    """A double, whose hooks meet no others; a streamed model, which is the reference's, itself."""
+    return double_of(model) if stream_of(model) is None else model
 
 
 def _ending_states(model: PreTrainedModel, batches: Iterable[Batch]) -> Iterator[Iterable[Tensor]]:

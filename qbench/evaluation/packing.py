@@ -19,12 +19,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 WIDTH = 512
 """Most tokens of a tree, unless twice its first row is longer (few-shot prompts)."""
+
+
+def tree_width(model: PreTrainedModel) -> int:
+    """Most tokens of a tree: what a wide one shares more, a narrow model spends on attention.
+
+    Linears cost 24 hidden² a token and attention 4 hidden × width, so half the hidden size keeps
+    attention near a tenth; the least that was counted on eight task sets lies there.
+    """
+    hidden = int(getattr(model.config.get_text_config(), "hidden_size", 2 * WIDTH))
+    return max(WIDTH // 4, min(WIDTH, hidden // 2))
 
 
 @dataclass(frozen=True)

@@ -2,35 +2,30 @@
 
 Rows become batches (:mod:`~.packing`), batches logits (:mod:`~.forward`), and logits scores here:
 log-probabilities in float32 whatever the model's dtype (bfloat16 turns half of PIQA into ties),
-sums in float64. Where memory is lacking the budget is halved and the batch repeated.
+sums in float64. :mod:`~.reading` runs the batches.
 
 Left out: lm-eval's one-token cache, which hands a row the logits of another one.
 """
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from qbench.errors import RunFailed, unknown
-from qbench.evaluation.forward import Forward, forward_of, lacks_memory
-from qbench.evaluation.packing import Batch, PackedRows, Row
-from qbench.evaluation.sharing import Sharing, sharing_of, tree_width
+from qbench.errors import unknown
+from qbench.evaluation.forward import Forward, forward_of
+from qbench.evaluation.packing import Batch, PackedRows, Row, tree_width
+from qbench.evaluation.reading import read_rows
+from qbench.evaluation.sharing import Sharing, sharing_of
 from qbench.evaluation.tasks import BATCHING, Progress
-from qbench.models.products import fast_products
-from qbench.quantization.activations import scales_per_sequence
 from qbench.quantization.outcome import batching_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-T = TypeVar("T")
 
 CPU_TOKENS = 512
 """Default budget on a CPU: matrices are large enough to run at full speed, and fit its caches."""
@@ -111,43 +106,9 @@ def score(
         policy, budget = (
             ("shared", _trees(model, rows, batch_tokens)) if shared else ("padded", budget)
         )
-    found, how = read_rows(model, rows, _scores_of, policy, budget, progress, run)
+    found, how = read_rows(model, rows, _scores_of, policy, budget, progress, forward)
     scores = [found.get(i, Score(0.0, True)) for i in range(len(rows.rows))]
     return Scored(scores, details | how)
-
-
-def read_rows(
-    model: PreTrainedModel,
-    rows: PackedRows,
-    read: Callable[[Batch, Iterable[torch.Tensor]], dict[int, T]],
-    policy: str,
-    budget: int,
-    progress: Progress | None = None,
-    forward: Forward | None = None,
-) -> tuple[dict[int, T], dict[str, Any]]:
-    """What ``read`` makes of every batch's logits; where memory is lacking, of smaller batches.
-
-    Args:
-        model: in eval mode, on any device.
-        rows: to be run.
-        read: given a batch and its logits in parts, gives something for each of its rows.
-        policy: a key of ``BATCHING``.
-        budget: tokens in a batch.
-        progress: called with tokens done and tokens in all.
-        forward: what runs batches; None is the model's own.
-
-    Returns:
-        Row -> what was read, and ``batching``, ``batch_tokens`` (the last budget) and
-        ``oom_halvings``.
-
-    Raises:
-        RunFailed: when one row alone does not fit into memory.
-    """
-    alone = scales_per_sequence(model) if policy == "equal length" else nullcontext()
-    run = forward or forward_of(model)
-    with torch.inference_mode(), fast_products(model), alone:
-        found, budget, halvings = _read(model, rows, read, policy, budget, run, progress)
-    return found, {"batching": policy, "batch_tokens": budget, "oom_halvings": halvings}
 
 
 def worth_sharing(
@@ -186,53 +147,6 @@ def default_tokens(model: PreTrainedModel) -> int:
 
 def _scores_of(batch: Batch, parts: Iterable[torch.Tensor]) -> dict[int, Score]:
     return row_scores(batch, *token_scores(batch, parts))
-
-
-def _read(
-    model: PreTrainedModel,
-    rows: PackedRows,
-    read: Callable[[Batch, Iterable[torch.Tensor]], dict[int, T]],
-    policy: str,
-    budget: int,
-    run: Forward,
-    progress: Progress | None,
-) -> tuple[dict[int, T], int, int]:
-    """What was read of all rows, the last budget, and how often it was halved."""
-    known: dict[int, T] = {}
-    width = tree_width(model)
-    left = rows.batches(policy, budget, width=width)
-    total = sum(len(rows.rows[i].tokens) for i in rows.wanted)
-    done = halvings = 0
-    later: list[Batch] = []
-    while left or later:
-        if not left:
-            left, later = later, []
-        finished = 0
-        try:
-            for batch, parts in zip(left, run(model, iter(left)), strict=True):
-                known |= read(batch, parts)
-                finished += 1
-                done += sum(len(rows.rows[i].tokens) for i in batch.rows)
-                if progress is not None:
-                    progress(done, total)
-            left = []
-            continue
-        except (RuntimeError, MemoryError) as error:
-            if not lacks_memory(error):
-                raise
-            failed = left[finished]
-            if failed.is_one_row and len(left) == 1:
-                raise _too_large(failed, model) from None
-        # outside the handler: the traceback keeps the tensors of the failed batch
-        _free()
-        if failed.is_one_row:  # by itself: a forward may run other batches before it gives this one
-            left, later = [failed], [*left[finished + 1 :], *later]
-            continue
-        halvings += 1
-        budget = max(1, min(budget, failed.ids.numel()) // 2)
-        unscored = [i for batch in (*left[finished:], *later) for i in batch.rows]
-        left, later = rows.batches(policy, budget, unscored, width), []
-    return known, budget, halvings
 
 
 def token_scores(batch: Batch, parts: Iterable[torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
@@ -300,16 +214,3 @@ def per_request(scores: Iterable[Score], requests: Iterable[Sequence[Row]]) -> l
     return [
         Score(sum(s.loglikelihood for s in part), all(s.is_greedy for s in part)) for part in parts
     ]
-
-
-def _free() -> None:
-    gc.collect(1)  # what has just failed is young
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def _too_large(batch: Batch, model: PreTrainedModel) -> RunFailed:
-    return RunFailed(
-        f"one row of {batch.ids.shape[1]} tokens does not fit into the memory of {model.device}; "
-        "lower --max-length, or use a smaller dtype or a larger device"
-    )

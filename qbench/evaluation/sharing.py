@@ -13,7 +13,7 @@ and wrong for others of a tree no wider.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +22,8 @@ import torch
 
 from qbench.errors import QBenchError
 from qbench.evaluation.forward import Forward, forward_of, lacks_memory
-from qbench.evaluation.packing import WIDTH, Batch, PackedRows, Row
-from qbench.models.products import fast_products
+from qbench.evaluation.packing import WIDTH, Batch, PackedRows, Row, tree_width
+from qbench.evaluation.reading import read_batches
 from qbench.quantization.activations import activations_off
 
 if TYPE_CHECKING:
@@ -63,16 +63,6 @@ class Sharing:
         if self.exact:
             return all(tested is None or tested >= asked for tested, asked in pairs)
         return all(tested is None or tested <= asked for tested, asked in pairs)
-
-
-def tree_width(model: PreTrainedModel) -> int:
-    """Most tokens of a tree: what a wide one shares more, a narrow model spends on attention.
-
-    Linears cost 24 hidden² a token and attention 4 hidden × width, so half the hidden size keeps
-    attention near a tenth; the least that was counted on eight task sets lies there.
-    """
-    hidden = int(getattr(model.config.get_text_config(), "hidden_size", 2 * WIDTH))
-    return max(WIDTH // 4, min(WIDTH, hidden // 2))
 
 
 def keep_verdicts_(model: PreTrainedModel, verdicts: dict[str, list[Sharing]]) -> None:
@@ -129,7 +119,7 @@ def _test(model: PreTrainedModel, packed: PackedRows, tree: Batch, run: Forward)
     sizes = packed.longest, tree.ids.shape[1]
     sample = PackedRows([packed.rows[i] for i in _sample(packed, tree)])
     chosen = dict(zip(_sample(packed, tree), sample.wanted, strict=True))
-    with torch.inference_mode(), fast_products(model), activations_off(model):
+    with torch.inference_mode(), activations_off(model):
         try:
             whole = _values(model, [tree], run)
         except Exception as error:  # noqa: BLE001 - what a model raises that takes no such mask
@@ -187,10 +177,13 @@ _Values = dict[int, np.ndarray]
 def _values(model: PreTrainedModel, batches: Sequence[Batch], run: Forward) -> _Values:
     from qbench.evaluation.scoring import token_scores
 
-    found: _Values = {}
-    for batch, parts in zip(batches, run(model, iter(batches)), strict=True):
+    def read(batch: Batch, parts: Iterable[torch.Tensor]) -> _Values:
         values, _ = token_scores(batch, parts)
-        found |= {row: values[batch.owner == row] for row in batch.rows}
+        return {row: values[batch.owner == row] for row in batch.rows}
+
+    found: _Values = {}
+    for values in read_batches(model, batches, read, run):
+        found |= values
     return found
 
 

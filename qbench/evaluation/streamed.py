@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from qbench.evaluation.forward import logits_of
 from qbench.models.blocks import find_blocks
 from qbench.models.bypass import Call, blocks_replaced, bypass_of
+from qbench.models.side_by_side import number_at_once, side_by_side, threads_shared
 from qbench.models.streaming import resident
 from qbench.quantization.calibration import capture_calls
 
@@ -31,16 +33,20 @@ def streamed_logits(
     model: PreTrainedModel, batches: Iterable[Batch]
 ) -> Iterator[Iterable[torch.Tensor]]:
     """The logits that are wanted of every batch, as :data:`qbench.evaluation.forward.Forward`."""
-    how = bypass_of(model, lambda name: resident(model, name))
-    if how.refused:  # every block comes for every batch: slow, and right
-        yield from logits_of(model, batches)
-        return
-    for group in _groups(batches, model):
-        finals = _through_all_blocks(model, group)
-        for batch in group:
-            final = finals.pop(0)
-            with blocks_replaced(model, how.output, _giving(final, len(find_blocks(model)))):
-                yield from logits_of(model, [batch])
+    batches = list(batches)
+    at_once = number_at_once(model, len(batches))
+    with threads_shared(at_once):  # for the head too: as in memory
+        how = bypass_of(model, lambda name: resident(model, name))
+        if how.refused:  # every block comes for every batch: slow, and right
+            yield from logits_of(model, batches)
+            return
+        n_blocks = len(find_blocks(model))
+        for group in _groups(batches, model):
+            finals = _through_all_blocks(model, group, at_once)
+            for batch in group:
+                final = finals.pop(0)
+                with blocks_replaced(model, how.output, _giving(final, n_blocks)):
+                    yield from logits_of(model, [batch])
 
 
 def streamed_states(model: PreTrainedModel, batches: Iterable[Batch]) -> Iterator[torch.Tensor]:
@@ -48,19 +54,28 @@ def streamed_states(model: PreTrainedModel, batches: Iterable[Batch]) -> Iterato
 
     The blocks of the model must be ones that can be run around (:mod:`qbench.models.bypass`).
     """
-    for group in _groups(batches, model):
-        yield from _through_all_blocks(model, group)
+    batches = list(batches)
+    at_once = number_at_once(model, len(batches))
+    with threads_shared(at_once):
+        for group in _groups(batches, model):
+            yield from _through_all_blocks(model, group, at_once)
 
 
-def _through_all_blocks(model: PreTrainedModel, group: list[Batch]) -> list[torch.Tensor]:
+def _through_all_blocks(
+    model: PreTrainedModel, group: list[Batch], at_once: int
+) -> list[torch.Tensor]:
     """What leaves the last block, per batch."""
     captured = capture_calls(model, [batch.inputs(model.device, model.dtype) for batch in group])
     hidden = captured.hidden
     for name, module in find_blocks(model):
-        run = captured.runner(name, module)
+
+        def run(own: nn.Module, index: int, name: str = name) -> torch.Tensor:
+            return captured.runner(name, own)(hidden[index], index)
+
         with resident(model, name):
-            for index, entering in enumerate(hidden):
-                hidden[index] = run(entering, index)
+            found = side_by_side(module, range(len(hidden)), run, at_once)
+            for index, leaving in enumerate(found):
+                hidden[index] = leaving
         captured.calls[name].clear()
     return hidden
 

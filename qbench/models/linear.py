@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any, Protocol
 
 import torch
@@ -144,21 +145,37 @@ _PRODUCTS: dict[Any, int] = {
 }
 
 
+class OpenModes:
+    """Modes that hooks have entered and not left yet, of each thread: two may run one module."""
+
+    def __init__(self) -> None:
+        self._of_threads: dict[int, list[TorchFunctionMode]] = {}
+
+    def enter(self, mode: TorchFunctionMode) -> None:
+        """Make a mode active in this thread."""
+        mode.__enter__()
+        self._of_threads.setdefault(get_ident(), []).append(mode)
+
+    def leave(self) -> None:
+        """End what this thread entered last, if anything."""
+        entered = self._of_threads.get(get_ident())
+        if entered:
+            entered.pop().__exit__(None, None, None)
+
+
 class _FusedHook:
     """Pair of hooks on a module that owns fused experts: a ProductMode lives while it runs."""
 
     def __init__(self, linears: Sequence[Linear], hook: InputHook) -> None:
         self.linears = list(linears)
         self.hook = hook
-        self.modes: list[ProductMode] = []
+        self.modes = OpenModes()
 
     def before(self, module: nn.Module, args: Any) -> None:
-        mode = ProductMode(self.linears, lambda linear, x, _: self.hook(linear, x))
-        mode.__enter__()
-        self.modes.append(mode)
+        self.modes.enter(ProductMode(self.linears, lambda linear, x, _: self.hook(linear, x)))
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.modes.pop().__exit__(None, None, None)
+        self.modes.leave()
 
 
 def attach(linears: Iterable[Linear], hook: InputHook) -> list[Handle]:

@@ -14,8 +14,9 @@ processors, where torch's own choice stands.
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -41,16 +42,39 @@ def fast_products(model: nn.Module) -> Iterator[None]:
     number of torch's threads, which is the process's and comes back afterwards.
     """
     largest = _largest_matrix(model)
-    if largest is None or _device(model) != "cpu":
+    if largest is None or device_kind(model) != "cpu":
         yield
     elif largest.numel() < SMALL:
-        with _one_thread():
+        with on_threads(1):
             yield
     elif largest.dtype is torch.float32 and has_onednn():
-        with _Products():
+        with _in_onednn():
             yield
     else:
         yield
+
+
+class _Here(threading.local):
+    onednn = False
+    """Whether this thread's products go to oneDNN."""
+
+
+_HERE = _Here()
+
+
+@contextmanager
+def _in_onednn() -> Iterator[None]:
+    before, _HERE.onednn = _HERE.onednn, True
+    try:
+        with _Products():
+            yield
+    finally:
+        _HERE.onednn = before
+
+
+def products_of_this_thread() -> Callable[[], AbstractContextManager[None]]:
+    """What another thread has to be within to multiply as this one does."""
+    return _in_onednn if _HERE.onednn else nullcontext
 
 
 def _largest_matrix(model: nn.Module) -> Tensor | None:
@@ -65,16 +89,17 @@ def _largest_matrix(model: nn.Module) -> Tensor | None:
     return max(matrices, key=Tensor.numel, default=None)
 
 
-def _device(model: nn.Module) -> str:
+def device_kind(model: nn.Module) -> str:
     """The kind of device; blocks that are on disk have none of their own."""
     kinds = (p.device.type for p in model.parameters())
     return next((kind for kind in kinds if kind != "meta"), "cpu")
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def on_threads(number: int) -> Iterator[None]:
+    """While active, torch runs each operation of this Python thread on so many threads."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(number)
     try:
         yield
     finally:

@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from qbench.errors import QBenchError
 from qbench.grid import Affine, default_activation_grid, get_grid
 from qbench.models.blocks import Block
-from qbench.models.linear import Handle, Linear, attach
+from qbench.models.linear import Handle, Linear, OpenModes, attach
 from qbench.quantization.observers import Observer
 from qbench.scheme import Scheme
 
@@ -183,17 +183,14 @@ class _AttentionHook:
 
     def __init__(self, quantizer: ActivationQuantizer, switch: Switch) -> None:
         self.quantizer, self.switch = quantizer, switch
-        self.modes: list[TorchFunctionMode] = []
+        self.modes = OpenModes()
 
     def before(self, module: nn.Module, args: Any) -> None:
         if self.switch.on:
-            mode = _RoundKeysAndValues(self.quantizer)
-            mode.__enter__()
-            self.modes.append(mode)
+            self.modes.enter(_RoundKeysAndValues(self.quantizer))
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.modes:
-            self.modes.pop().__exit__(None, None, None)
+        self.modes.leave()
 
 
 def check_activations(block: Block, scheme: Scheme) -> None:

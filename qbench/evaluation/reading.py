@@ -1,0 +1,156 @@
+"""Running batches, and reading something off the logits of each.
+
+On a CPU two batches run side by side (:mod:`qbench.models.side_by_side`). Where memory is lacking
+the budget is halved and the batch repeated.
+
+Left out: which rows make a batch (:mod:`~.packing`), and what is read (:mod:`~.scoring`).
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import torch
+
+from qbench.errors import RunFailed
+from qbench.evaluation.forward import Forward, forward_of, lacks_memory
+from qbench.evaluation.packing import Batch, PackedRows, tree_width
+from qbench.evaluation.tasks import Progress
+from qbench.models.products import fast_products
+from qbench.models.side_by_side import number_at_once, side_by_side, threads_shared
+from qbench.models.streaming import stream_of
+from qbench.quantization.activations import scales_per_sequence
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+T = TypeVar("T")
+Read = Callable[[Batch, Iterable[torch.Tensor]], dict[int, T]]
+"""Given a batch and its logits in parts, gives something for each of its rows."""
+
+
+def read_rows(
+    model: PreTrainedModel,
+    rows: PackedRows,
+    read: Read[T],
+    policy: str,
+    budget: int,
+    progress: Progress | None = None,
+    forward: Forward | None = None,
+) -> tuple[dict[int, T], dict[str, Any]]:
+    """What ``read`` makes of every batch's logits; where memory is lacking, of smaller batches.
+
+    Args:
+        model: in eval mode, on any device.
+        rows: to be run.
+        read: called from other threads where batches run side by side.
+        policy: a key of ``BATCHING``.
+        budget: tokens in a batch.
+        progress: called with tokens done and tokens in all.
+        forward: what runs batches; None is the model's own.
+
+    Returns:
+        Row -> what was read, and ``batching``, ``batch_tokens`` (the last budget),
+        ``batches_at_once`` and ``oom_halvings``.
+
+    Raises:
+        RunFailed: when one row alone does not fit into memory.
+    """
+    alone = scales_per_sequence(model) if policy == "equal length" else nullcontext()
+    with torch.inference_mode(), alone:
+        reader = _Reader(model, rows, read, forward or forward_of(model))
+        reader.run(policy, budget, progress)
+    how = {"batching": policy, "batch_tokens": reader.budget}
+    how |= {"batches_at_once": reader.at_once, "oom_halvings": reader.halvings}
+    return reader.found, how
+
+
+class _Reader(Generic[T]):
+    """One call of :func:`read_rows`: what was found, and what it took."""
+
+    def __init__(
+        self, model: PreTrainedModel, rows: PackedRows, read: Read[T], forward: Forward
+    ) -> None:
+        self.model, self.rows, self.read, self.forward = model, rows, read, forward
+        self.width = tree_width(model)
+        self.found: dict[int, T] = {}
+        self.budget = self.halvings = 0
+        self.at_once = 1
+        """Most batches that ran side by side."""
+
+    def run(self, policy: str, budget: int, progress: Progress | None) -> None:
+        """Read every row, in smaller and smaller batches if it must be."""
+        self.budget = budget
+        left, later = self.rows.batches(policy, budget, width=self.width), list[Batch]()
+        total = sum(len(self.rows.rows[i].tokens) for i in self.rows.wanted)
+        done = 0
+        while left or later:
+            if not left:
+                left, later = later, []
+            self.at_once = max(self.at_once, number_at_once(self.model, len(left)))
+            finished = 0
+            try:
+                results = read_batches(self.model, left, self.read, self.forward)
+                for batch, found in zip(left, results, strict=True):
+                    self.found |= found
+                    finished += 1
+                    done += sum(len(self.rows.rows[i].tokens) for i in batch.rows)
+                    if progress is not None:
+                        progress(done, total)
+                left = []
+                continue
+            except (RuntimeError, MemoryError) as error:
+                if not lacks_memory(error):
+                    raise
+                failed = left[finished]
+                if failed.is_one_row and len(left) == 1:
+                    raise _too_large(failed, self.model) from None
+            # outside the handler: the traceback keeps the tensors of the failed batch
+            _free()
+            if failed.is_one_row:  # by itself: others run beside it, or before it is given
+                left, later = [failed], [*left[finished + 1 :], *later]
+                continue
+            self.halvings += 1
+            self.budget = max(1, min(self.budget, failed.ids.numel()) // 2)
+            unscored = [i for batch in (*left[finished:], *later) for i in batch.rows]
+            left, later = self.rows.batches(policy, self.budget, unscored, self.width), []
+
+
+def read_batches(
+    model: PreTrainedModel,
+    batches: Sequence[Batch],
+    read: Callable[[Batch, Iterable[torch.Tensor]], T],
+    forward: Forward,
+) -> Iterator[T]:
+    """What ``read`` makes of each batch and its logits, in their order.
+
+    A streamed model's forward gets all batches and shares the threads out by itself.
+    """
+
+    def run(own: PreTrainedModel, batch: Batch) -> T:
+        (found,) = (read(batch, parts) for parts in forward(own, [batch]))
+        return found
+
+    at_once = 1 if stream_of(model) else number_at_once(model, len(batches))
+    with threads_shared(at_once), fast_products(model):
+        if at_once > 1:
+            yield from side_by_side(model, batches, run, at_once)
+            return
+        for batch, parts in zip(batches, forward(model, iter(batches)), strict=True):
+            yield read(batch, parts)
+
+
+def _free() -> None:
+    gc.collect(1)  # what has just failed is young
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _too_large(batch: Batch, model: PreTrainedModel) -> RunFailed:
+    return RunFailed(
+        f"one row of {batch.ids.shape[1]} tokens does not fit into the memory of {model.device}; "
+        "lower --max-length, or use a smaller dtype or a larger device"
+    )

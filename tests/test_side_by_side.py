@@ -1,0 +1,206 @@
+"""Batches side by side: the same numbers as one after the other, on models that do not meet."""
+
+import threading
+import time
+
+import pytest
+import torch
+from test_scoring import EVERY, SOME, windows
+from test_sharing import build, questions
+
+from qbench import quantize_model
+from qbench.errors import QBenchError
+from qbench.evaluation.forward import logits_of
+from qbench.evaluation.packing import PackedRows
+from qbench.evaluation.reading import read_batches
+from qbench.evaluation.scoring import score
+from qbench.models.checkpoints import find_checkpoint
+from qbench.models.products import fast_products, on_threads
+from qbench.models.side_by_side import double_of, number_at_once, side_by_side, threads_shared
+from qbench.models.streamed import open_streamed
+from qbench.testing import tiny_model
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    with on_threads(2):
+        yield
+
+
+def alone(model, rows, *args):
+    with on_threads(1):
+        return score(model, PackedRows(rows), *args)
+
+
+@pytest.mark.parametrize(
+    "architecture", [a if a in SOME else pytest.param(a, marks=pytest.mark.slow) for a in EVERY]
+)
+def test_scores_are_those_of_one_batch_after_the_other(architecture):
+    model, rows = build(architecture), questions()
+    one, two = alone(model, rows, 60), score(model, PackedRows(rows), 60)
+    assert two.scores == one.scores
+    assert (one.details.pop("batches_at_once"), two.details.pop("batches_at_once")) == (1, 2)
+    assert two.details == one.details
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+@pytest.mark.parametrize("scheme", ["W8A4", "W8A8KV4", "W4A8:a=tensor"])
+def test_activation_quantizers_work_in_both(architecture, scheme):
+    """Those of keys and values, and of fused experts, hold a mode open while a module runs."""
+    model, rows = build(architecture), questions()
+    quantize_model(model, "rtn", scheme)
+    assert score(model, PackedRows(rows), 60).scores == alone(model, rows, 60).scores
+
+
+def test_one_batch_has_all_threads_and_no_double():
+    model = tiny_model()
+    assert number_at_once(model, 1) == 1 and number_at_once(model, 2) == 2
+    assert score(model, PackedRows(windows(1))).details["batches_at_once"] == 1
+    with threads_shared(1):
+        assert torch.get_num_threads() == 2
+    with threads_shared(2):
+        assert torch.get_num_threads() == 1
+        assert number_at_once(model, 2) == 1
+    assert number_at_once(model.to("meta"), 9) == 2, "a streamed model is where its inputs are"
+
+
+def test_a_model_with_something_in_place_of_a_forward_runs_alone():
+    model = tiny_model()
+    assert number_at_once(model, 9) == 2
+    model.model.layers[0].forward = model.model.layers[0].forward
+    assert number_at_once(model, 9) == 1
+    del model.model.layers[0].forward
+    model.beside = [model.model]
+    assert number_at_once(model, 9) == 1
+    model.beside = model.model.embed_tokens.forward
+    assert number_at_once(model, 9) == 1
+
+
+def test_a_double_shares_tensors_and_no_hooks():
+    model = tiny_model()
+    called = []
+    model.lm_head.register_forward_hook(lambda *_: called.append("both"))
+    double = double_of(model)
+    assert type(double) is type(model) and double.model is not model.model
+    mine, its = dict(model.named_parameters()), dict(double.named_parameters())
+    assert mine.keys() == its.keys() and all(mine[name] is its[name] for name in mine)
+    assert all(b is c for b, c in zip(model.buffers(), double.buffers(), strict=True))
+    double.lm_head.register_forward_hook(lambda *_: called.append("double"))
+    double.model.register_buffer("own", torch.ones(1))
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, double(ids).logits)
+    assert called == ["both", "both", "double"]
+    assert not hasattr(model.model, "own")
+
+
+def test_modules_that_are_one_are_one_in_the_double():
+    inner = torch.nn.Linear(2, 2)
+    double = double_of(torch.nn.Sequential(inner, torch.nn.Sequential(inner)))
+    assert double[0] is double[1][0] and double[0] is not inner
+
+
+def test_results_come_in_order_and_not_far_ahead():
+    begun, module = [], torch.nn.Linear(2, 2)
+
+    def do(own, item):
+        begun.append(item)
+        time.sleep(0.02 if item == 0 else 0)
+        return item, own is module, torch.get_num_threads()
+
+    found = side_by_side(module, range(6), do, 2)
+    assert next(found)[0] == 0
+    time.sleep(0.1)
+    assert len(begun) <= 3
+    rest = list(found)
+    assert [item for item, _, _ in rest] == [1, 2, 3, 4, 5]
+    assert {threads for _, _, threads in rest} == {torch.get_num_threads()}
+
+
+def test_other_threads_compute_as_this_one_does():
+    class Wide(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = torch.nn.ModuleList([torch.nn.Linear(512, 512)])
+
+    def modes(own, item):
+        from qbench.models import products
+
+        return torch.is_inference_mode_enabled(), torch.is_grad_enabled(), products._HERE.onednn
+
+    model = Wide()
+    with torch.no_grad(), fast_products(model):
+        here = modes(model, 0)
+        assert set(side_by_side(model, range(3), modes, 2)) == {here}
+    with torch.inference_mode():
+        assert set(side_by_side(model, range(3), modes, 2)) == {(True, False, False)}
+    assert set(side_by_side(model, range(3), modes, 2)) == {(False, True, False)}
+
+
+@pytest.mark.parametrize("given_up", ["error", "closed"])
+def test_nothing_goes_on_once_it_was_given_up(given_up):
+    module, begun = torch.nn.Linear(2, 2), []
+
+    def do(own, item):
+        begun.append(item)
+        if given_up == "error" and item == 2:
+            raise ZeroDivisionError
+        return item
+
+    found = side_by_side(module, range(1000), do, 2)
+    if given_up == "error":
+        with pytest.raises(ZeroDivisionError):
+            list(found)
+    else:
+        next(found)
+        found.close()
+    assert len(begun) < 10
+    assert not [t for t in threading.enumerate() if "ThreadPoolExecutor" in t.name]
+    assert torch.get_num_threads() == 2
+
+
+def test_where_two_batches_do_not_fit_smaller_ones_run():
+    model, packed = tiny_model(), PackedRows(questions())
+    expected = score(model, packed, 200)
+    lock, under_way = threading.Lock(), []
+
+    def forward(own, batches):
+        (batch,) = batches
+        with lock:
+            under_way.append(batch.ids.numel())
+            too_much = sum(under_way) > 90
+        try:
+            if too_much:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            time.sleep(0.01)
+            yield from logits_of(own, [batch])
+        finally:
+            with lock:
+                under_way.remove(batch.ids.numel())
+
+    assert [batch.ids.numel() for batch in packed.batches("shared", 90)] == [72, 72]
+    found = score(model, packed, 90, forward=forward)
+    assert found.details["oom_halvings"] >= 1 and found.details["batch_tokens"] <= 45
+    assert found.details["batches_at_once"] == 2
+    for one, other in zip(found.scores, expected.scores, strict=True):
+        assert one.loglikelihood == pytest.approx(other.loglikelihood, abs=1e-5)
+
+
+@pytest.mark.parametrize("batch_tokens", [30, 200])
+def test_a_streamed_model_scores_as_the_one_in_memory(tiny, tmp_path, batch_tokens):
+    checkpoint = find_checkpoint(str(tiny))
+    streamed = open_streamed(checkpoint, "float32", work=tmp_path / "work")
+    rows = questions()
+    one = score(checkpoint.load_model(), PackedRows(rows), batch_tokens, "padded")
+    other = score(streamed, PackedRows(rows), batch_tokens, "padded")
+    assert other.scores == one.scores
+    assert other.details == one.details and one.details["batches_at_once"] == 2
+
+
+def test_what_reading_raises_is_raised_here():
+    def read(batch, parts):
+        raise QBenchError("no")
+
+    model, rows = tiny_model(), PackedRows(windows())
+    with torch.inference_mode(), pytest.raises(QBenchError, match="no"):
+        list(read_batches(model, rows.batches("padded", 20), read, logits_of))
