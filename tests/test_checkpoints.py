@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertForMaskedLM, BertLMHeadModel
 
 from qbench.errors import QBenchError
+from qbench.models import files
 from qbench.models.checkpoints import Checkpoint, find_checkpoint, load_checkpoint
 from qbench.testing import ARCHITECTURES, tiny_checkpoint, tiny_model
 
@@ -79,6 +80,50 @@ def test_a_second_copy_of_the_weights_in_the_folder_is_neither_counted_nor_hashe
     shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
     assert fingerprint(folder) == fingerprint(tiny)
     assert find_checkpoint(str(folder)).parameters == find_checkpoint(str(tiny)).parameters
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_hash_that_was_begun_is_used_once_and_only_for_the_same_file(
+    copy_of, monkeypatch, changed
+):
+    folder = copy_of("begun")
+    expected = fingerprint(folder)
+    files.begin_hashing(str(folder))
+    (begun,) = files._BEGUN.values()
+    assert begun.digest.result(timeout=60) == files._sha256(folder / "model.safetensors")
+    if changed:
+        edit_weights(folder, lambda tensors: tensors[DOWN].mul_(2))
+    hashed = []
+    inner = files._sha256
+    monkeypatch.setattr(files, "_sha256", lambda path: (hashed.append(path.name), inner(path))[1])
+    assert (fingerprint(folder) == expected) is not changed
+    assert ("model.safetensors" in hashed) is changed and not files._BEGUN
+    hashed.clear()
+    fingerprint(folder)
+    assert "model.safetensors" in hashed
+
+
+def test_hashing_is_begun_for_what_is_there_and_says_nothing_of_the_rest(copy_of, tmp_path):
+    folder = copy_of("cut")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text("{")
+    for name in (str(folder), str(tmp_path / "absent"), "org/name", "bundled:nothing"):
+        files.begin_hashing(name)
+    assert not files._BEGUN
+    files.begin_hashing("bundled:fp16-2m")
+    assert files._BEGUN.popitem()[1].digest.result(timeout=60)
+
+
+def test_an_error_while_hashing_is_raised_where_the_hash_is_asked_for(copy_of, monkeypatch):
+    folder = copy_of("unreadable")
+
+    def fail(path):
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(files, "_sha256", fail)
+    files.begin_hashing(str(folder))
+    with pytest.raises(OSError, match="the disk is gone"):
+        fingerprint(folder)
 
 
 def test_the_number_of_parameters_is_read_from_headers(tiny):

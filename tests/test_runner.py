@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 
 import pytest
 from cli_fixtures import DATA, LINES, edit_config, edit_weights, qbench, records
+from transformers import PreTrainedModel
 
 from qbench.errors import QBenchError
 from qbench.evaluation.perplexity import PerplexityTask
@@ -331,3 +333,37 @@ def test_the_pristine_model_survives_every_cell(tiny, text, tmp_path):
         assert all((after[key] == value).all() for key, value in before.items())
         modules = bench.supply.model.modules()
         assert not any(m._forward_pre_hooks or m._forward_hooks for m in modules)
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme"), [("gptq", "W3A16g32"), ("smoothquant", "W8A8"), ("quip", "W2A16")]
+)
+def test_one_cell_alone_copies_no_model_and_gives_the_same(
+    name, scheme, tiny, text, tmp_path, monkeypatch
+):
+    """Its tasks come after it, among them one that compares with full precision."""
+    settings = Settings(
+        tasks=tuple(TaskSpec.parse(f"{text}@{p}") for p in ("gptq-16", "agreement-16")),
+        calibration=CalibrationSpec(source=str(text), nsamples=2, seqlen=16),
+    )
+    cell = Cell.of(load_baseline(name), Scheme.parse(scheme))
+    found, copies = [], []
+    deepcopy = copy.deepcopy
+
+    def counting(one, memo=None):
+        copies.extend([one] if isinstance(one, PreTrainedModel) else [])
+        return deepcopy(one, memo)
+
+    monkeypatch.setattr(copy, "deepcopy", counting)
+    for alone in (False, True):
+        store = Store(tmp_path / str(alone))
+        bench = Workbench(find_checkpoint(str(tiny)), settings, store, one_cell=alone)
+        quantized, *measured = bench.run(cell, Reporter(quiet=True))
+        layers = [layer.model_copy(update={"seconds": None}) for layer in quantized.layers]
+        found.append((layers, quantized.notes, [task.metrics for task in measured]))
+        assert len(measured) == 2 and len(copies) == 1
+    assert found[0] == found[1]
+    again, *_ = bench.run(  # the model it took is gone: another is loaded
+        Cell.of(load_baseline("rtn"), Scheme.parse("W4A16")), Reporter(quiet=True)
+    )
+    assert again.status == "ok" and len(copies) == 1

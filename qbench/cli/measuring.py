@@ -63,8 +63,11 @@ def run(
     ] = False,
 ) -> None:
     """Quantize one checkpoint with one baseline and measure it."""
+    from qbench.models.files import begin_hashing
     from qbench.study.imports import import_models
 
+    if not dry_run:
+        begin_hashing(checkpoint)
     import_models()
     from qbench.evaluation.tasks import EvaluationOptions
     from qbench.record import CalibrationSpec

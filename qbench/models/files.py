@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from qbench.errors import QBenchError, unknown
@@ -117,11 +120,59 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def sha256(path: Path) -> bytes:
     """Digest of a file's bytes."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
+    begun = _BEGUN.pop(path.resolve(), None)
+    if begun is not None and begun.version == _version(path):
+        return begun.digest.result()
+    return _sha256(path)
+
+
+def begin_hashing(name: str) -> None:
+    """Hash the weights of a local or bundled checkpoint in a thread, for :func:`sha256` to come.
+
+    Meant for the seconds that imports take. What is wrong with the files is not said here.
+    """
+    folder = Path(name).expanduser()
+    if name.startswith(BUNDLED):
+        folder = bundled_checkpoints().get(name.removeprefix(BUNDLED), folder)
+    try:
+        begun = {path.resolve(): _Begun(_version(path)) for path in weight_files(folder)}
+    except (OSError, QBenchError):  # said once the checkpoint is looked for
+        return
+    _BEGUN.update(begun)
+    Thread(target=_hash, args=(begun,), daemon=True).start()  # nobody waits for it at the end
+
+
+def _sha256(path: Path) -> bytes:
+    digest, buffer = hashlib.sha256(), bytearray(1 << 23)
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:size])
     return digest.digest()
+
+
+@dataclass
+class _Begun:
+    """A file that a thread is reading."""
+
+    version: tuple[int, int]
+    digest: Future[bytes] = field(default_factory=Future)
+
+
+_BEGUN: dict[Path, _Begun] = {}
+
+
+def _version(path: Path) -> tuple[int, int]:
+    """What changes when a file is written."""
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _hash(begun: dict[Path, _Begun]) -> None:
+    for path, file in begun.items():
+        try:
+            file.digest.set_result(_sha256(path))
+        except BaseException as error:  # noqa: BLE001 - raised where the digest is asked for
+            file.digest.set_exception(error)
 
 
 def download(name: str, allow_pickle: bool = False) -> Path:

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qbench.models.checks import is_finite
+
 
 class CannotQuantize(Exception):
     """Raised by a baseline that cannot round one matrix; the harness rounds it to nearest instead.
@@ -60,7 +62,7 @@ def lower_cholesky(hessian: Tensor, percdamp: float, order: Tensor | None = None
     Raises:
         CannotQuantize: if H is not finite, or not even the last rung is positive definite.
     """
-    if not _finite(hessian):
+    if not is_finite(hessian):
         raise CannotQuantize("the hessian is not finite")
     for damping in ladder(percdamp):
         factor = damped(hessian, damping, order).mT  # column-major, as LAPACK wants it
@@ -69,7 +71,7 @@ def lower_cholesky(hessian: Tensor, percdamp: float, order: Tensor | None = None
             torch.linalg.cholesky_ex(factor, out=(factor, info))
         else:
             factor, info = torch.linalg.cholesky_ex(factor)
-        if int(info) == 0 and _finite(factor):
+        if int(info) == 0 and is_finite(factor):
             return Factor(factor, damping)
         del factor
     raise CannotQuantize(f"the hessian is not positive definite even with damping {damping:g}")
@@ -83,11 +85,6 @@ def feedback_factor(hessian: Tensor, percdamp: float, order: Tensor | None = Non
     factor, damping = lower_cholesky(hessian, percdamp, order)
     factor.div_(factor.diagonal().clone())
     return Factor(factor, damping)
-
-
-def _finite(matrix: Tensor) -> bool:
-    """Whether all is finite, without a copy of the matrix on the way."""
-    return bool(torch.isfinite(torch.stack(torch.aminmax(matrix))).all())
 
 
 def ladder(percdamp: float) -> list[float]:

@@ -20,6 +20,7 @@ from qbench.baseline import Baseline
 from qbench.errors import QBenchError, RunFailed
 from qbench.grid import QuantizedWeight, round_to_nearest, stored_bits
 from qbench.models.blocks import Block
+from qbench.models.checks import is_finite
 from qbench.models.linear import Linear, attach
 from qbench.quantization.factorize import CannotQuantize
 from qbench.quantization.observers import Statistics
@@ -131,7 +132,7 @@ class Rounder:
 
     def _check(self, name: str, quantized: QuantizedWeight, scheme: Scheme) -> None:
         method = type(self.baseline).__name__
-        if not torch.isfinite(quantized.weight).all():
+        if not is_finite(quantized.weight):
             raise RunFailed(f"{method} gave non-finite weights in {name} at {scheme}")
         if quantized.input_transform is not None and self.scheme.needs_static_scales:
             raise QBenchError(

@@ -58,7 +58,7 @@ def run(chosen: Run, settings: Settings, results: Path) -> int:
     store = Store(results)
     if not chosen.dry_run:
         store.check_writable()
-    bench = Workbench(checkpoint, settings, store)
+    bench = Workbench(checkpoint, settings, store, one_cell=True)
     cell = bench.cell(asked)
     if reason := bench.why_not(cell):
         raise QBenchError(f"{cell.baseline.spec.name} cannot do {cell.scheme}: {reason}")

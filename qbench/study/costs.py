@@ -35,8 +35,10 @@ SPILLED = 1 << 20
 """Activations of a batch of this many bytes lie in a file when a model is streamed."""
 _CALIBRATION_BATCH = 2048
 """Tokens that run through a block together, or one window if that is longer."""
-_EVALUATION_BATCH = 2048
-"""Tokens of an evaluation's batch where the run does not say."""
+_EVALUATION_BATCH = 512
+"""Tokens of an evaluation's batch where the run does not say, or one row if that is longer."""
+_AT_ONCE = 2
+"""Batches of an evaluation side by side."""
 _HELD = 1 << 28
 """Activations that the evaluation of a streamed model holds, or two blocks if that is more."""
 _LOGITS = 1 << 24
@@ -162,10 +164,13 @@ def _running(shape: ModelShape, tokens: int, width: int) -> float:
 
 
 def _evaluating(shape: ModelShape, work: Work) -> float:
-    """Bytes beside the weights at the peak of an evaluation: a batch, and its logits thrice."""
+    """Bytes beside the weights at the peak of an evaluation: batches, and logits thrice in all.
+
+    They are held once for each of two batches side by side, and worked on in small parts.
+    """
     tokens = work.evaluation_batch
     logits = min(tokens * shape.vocabulary, _LOGITS)
-    return _running(shape, tokens, work.width) + 12.0 * logits
+    return _AT_ONCE * _running(shape, tokens, work.width) + 12.0 * logits
 
 
 def seconds(shape: ModelShape, work: Work, speed: Speed) -> float:

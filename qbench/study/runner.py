@@ -56,8 +56,11 @@ class Workbench:
         settings: Settings,
         store: Store,
         prepared: dict[PreparedKey, PreparedTask] | None = None,
+        one_cell: bool = False,
     ) -> None:
         self.checkpoint, self.settings, self.store = checkpoint, settings, store
+        self.one_cell = one_cell
+        """Whether there are no others: then its weights are not copied before they change."""
         self._prepared = {} if prepared is None else prepared
         self._overlaps: dict[tuple[str | None, TaskSpec], float | None] = {}
         self.texts = CalibrationTexts(
@@ -72,7 +75,7 @@ class Workbench:
     @cached_property
     def supply(self) -> Supply:
         """Where the cells' models come from."""
-        return supply_of(self.checkpoint, self.settings)
+        return supply_of(self.checkpoint, self.settings, self.one_cell)
 
     def cell(self, asked: Cell) -> Cell:
         """What a cell is on this checkpoint: one left alone is at the scheme it brings with it.

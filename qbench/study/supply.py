@@ -87,14 +87,14 @@ class Supply(ABC):
         self._references.clear()
 
 
-def supply_of(checkpoint: Checkpoint, settings: Settings) -> Supply:
+def supply_of(checkpoint: Checkpoint, settings: Settings, one_cell: bool = False) -> Supply:
     """The supply that the settings ask for, or that fits into memory.
 
     Raises:
         QBenchError: for a checkpoint that is asked to be streamed and cannot be.
     """
     if not is_streamed(checkpoint, settings):
-        return InMemory(checkpoint, settings)
+        return InMemory(checkpoint, settings, one_cell)
     from qbench.models.streamed import why_not_streamed
 
     if reason := why_not_streamed(checkpoint):
@@ -150,17 +150,18 @@ def shared_with(last: _Quantized | None, cell: Cell, reads_data: bool) -> _Quant
 
 
 class InMemory(Supply):
-    """One pristine model and at most one quantized copy."""
+    """One pristine model and at most one quantized copy; for one cell, itself."""
 
-    def __init__(self, checkpoint: Checkpoint, settings: Settings) -> None:
+    def __init__(self, checkpoint: Checkpoint, settings: Settings, one_cell: bool = False) -> None:
         super().__init__(checkpoint, settings)
+        self._one_cell = one_cell
         self._unloadable: QBenchError | None = None
         self._last: _Quantized | None = None
         self._calibration: tuple[Tensor, Calibration] | None = None
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        """The model in full precision, never changed; one that cannot be is tried once."""
+        """The model in full precision, not changed here; one that cannot be is tried once."""
         if self._unloadable is not None:
             raise self._unloadable
         try:
@@ -181,7 +182,11 @@ class InMemory(Supply):
             known.result = requantize_activations(known.model, cell.scheme, known.result)
             return known.model, known.result
         self._last = None  # before there is a third model in memory
-        model = copy.deepcopy(self.model)
+        model = self.model
+        if self._one_cell:  # whoever asks for full precision has it loaded again
+            del self.model
+        else:
+            model = copy.deepcopy(model)
         result = quantize_model(
             model,
             cell.baseline.instance,
@@ -193,11 +198,13 @@ class InMemory(Supply):
         self._last = _Quantized.of(cell, model, result, windows is not None)
         return model, result
 
-    def _passes(self, windows: Windows) -> Calibration:
-        """The calibration text in the pristine model, shared by all cells."""
+    def _passes(self, windows: Windows) -> Calibration | Tensor:
+        """The calibration text in the pristine model, shared by all cells; or the text alone."""
         from qbench.quantization.passes import Calibration
 
         ids = windows()
+        if self._one_cell:
+            return ids
         if self._calibration is None or self._calibration[0] is not ids:
             self._calibration = None  # before there are two of them
             self._calibration = ids, Calibration(self.model, ids)
@@ -209,7 +216,7 @@ class InMemory(Supply):
 
     def sharing(self, task: PreparedTask, model: PreTrainedModel) -> Sharing | None:
         """Asked of the pristine model, once for all its copies."""
-        return task.test_sharing(self.model)
+        return task.test_sharing(model if self._one_cell else self.model)
 
     def release(self) -> None:
         """Let go of both models."""
