@@ -52,6 +52,8 @@ class Block:
     """Matrices that stay in full precision: name -> why."""
     is_last: bool = False
     """Whether no block reads what this one gives."""
+    traced: Tensor | None = field(default=None, repr=False)
+    """What it gave when it was traced, for the next block to be traced on; None once taken."""
 
     def run(self, hidden: Tensor, index: int) -> Tensor:
         """The block's output for hidden states (sequences, tokens, hidden) of a captured batch."""
@@ -194,7 +196,7 @@ def trace_block(
     owned, loose = _owned_matrices(module), _loose_matrices(module)
     with _recording(module, owned, loose) as seen:
         reference = runner(hidden, 0)
-    block = Block(name, module, runner)
+    block = Block(name, module, runner, traced=reference)
     _sort_matrices(block, owned, loose, [linear for linear, _, _ in seen.products])
     _group_by_input(block, seen)
     if seen.attention is not None:

@@ -72,7 +72,7 @@ class Calibration:
         assert entering is not None
         run = self._trace_capture.runner(name, module)
         block = trace_block(name, module, run, entering, folds)
-        self._traced = run(entering, 0)
+        self._traced, block.traced = block.traced, None
         block.runner = self.captured.runner(name, module)
         return block
 
