@@ -15,6 +15,7 @@ ORDER = (
     "solvers",
     "model_quantization",
     "evaluation",
+    "side_by_side",
     "sweep",
     "memory",
     "growth",

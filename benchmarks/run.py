@@ -17,6 +17,7 @@ SCRIPTS = (
     "solvers",
     "model_quantization",
     "evaluation",
+    "side_by_side",
     "sweep",
     "memory",
     "startup",
