@@ -161,7 +161,7 @@ def test_blocks_are_found_and_traced(kind):
     assert [name for name, _ in blocks] == ["model.layers.0", "model.layers.1"]
     name, module = blocks[0]
     with torch.no_grad():
-        block = trace_block(name, module, captured.runner(name, module), captured.hidden[0])
+        block, _ = trace_block(name, module, captured.runner(name, module), captured.hidden[0])
     assert [linear.rpartition(".")[2] for linear in block.linears] == LINEARS
     groups = [{name.rpartition(".")[2] for name in group} for group in block.input_groups]
     assert groups == [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}] + [

@@ -86,13 +86,16 @@ def test_a_second_copy_of_the_weights_in_the_folder_is_neither_counted_nor_hashe
 def test_a_hash_that_was_begun_is_used_once_and_only_for_the_same_file(
     copy_of, monkeypatch, changed
 ):
+    monkeypatch.setattr(files, "_BEGUN", {})
     folder = copy_of("begun")
     expected = fingerprint(folder)
     files.begin_hashing(str(folder))
     (begun,) = files._BEGUN.values()
     assert begun.digest.result(timeout=60) == files._sha256(folder / "model.safetensors")
-    if changed:
+    if changed:  # another file in its place, of the same size and time
+        stat = (folder / "model.safetensors").stat()
         edit_weights(folder, lambda tensors: tensors[DOWN].mul_(2))
+        os.utime(folder / "model.safetensors", ns=(stat.st_atime_ns, stat.st_mtime_ns))
     hashed = []
     inner = files._sha256
     monkeypatch.setattr(files, "_sha256", lambda path: (hashed.append(path.name), inner(path))[1])
@@ -103,7 +106,10 @@ def test_a_hash_that_was_begun_is_used_once_and_only_for_the_same_file(
     assert "model.safetensors" in hashed
 
 
-def test_hashing_is_begun_for_what_is_there_and_says_nothing_of_the_rest(copy_of, tmp_path):
+def test_hashing_is_begun_for_what_is_there_and_says_nothing_of_the_rest(
+    copy_of, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(files, "_BEGUN", {})
     folder = copy_of("cut")
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text("{")
@@ -115,15 +121,18 @@ def test_hashing_is_begun_for_what_is_there_and_says_nothing_of_the_rest(copy_of
 
 
 def test_an_error_while_hashing_is_raised_where_the_hash_is_asked_for(copy_of, monkeypatch):
-    folder = copy_of("unreadable")
+    monkeypatch.setattr(files, "_BEGUN", {})
+    folder, tried = copy_of("unreadable"), []
 
     def fail(path):
+        tried.append(path.name)
         raise OSError("the disk is gone")
 
     monkeypatch.setattr(files, "_sha256", fail)
     files.begin_hashing(str(folder))
     with pytest.raises(OSError, match="the disk is gone"):
         fingerprint(folder)
+    assert tried == ["model.safetensors"]  # by the thread, and not again
 
 
 def test_the_number_of_parameters_is_read_from_headers(tiny):

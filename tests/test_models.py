@@ -122,7 +122,7 @@ def traced(model, windows=None, number=0):
         captured = capture(model, tiny_windows(2, 16) if windows is None else windows)
         hidden = captured.hidden
         for name, module in find_blocks(model)[: number + 1]:
-            block = trace_block(name, module, captured.runner(name, module), hidden[0])
+            block, _ = trace_block(name, module, captured.runner(name, module), hidden[0])
             hidden = [block.run(h, i) for i, h in enumerate(hidden)] if number else hidden
     return block
 
@@ -265,7 +265,7 @@ def test_a_faint_reader_beside_a_strong_residual_stops_the_fold(dtype, strength,
         block = FaintReader(strength).to(dtype)
     x = torch.randn(1, 8, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
     with torch.no_grad():
-        found = trace_block("0", block, lambda hidden, _: block(hidden), x)
+        found, _ = trace_block("0", block, lambda hidden, _: block(hidden), x)
     assert len(found.folds) == folds
 
 
@@ -312,7 +312,7 @@ def test_a_linear_used_twice_stands_alone_and_sees_both_inputs(odd):
         handle.remove()
         captured = capture(model, windows)
         module = model.decoder[0]
-        block = trace_block(
+        block, _ = trace_block(
             "decoder.0", module, captured.runner("decoder.0", module), captured.hidden[0]
         )
         stats, _ = collect(block, list(block.linears), ("absmax",), captured.hidden)

@@ -169,7 +169,7 @@ def first_block(model, windows, batch_size=1):
     with torch.no_grad():
         captured = capture(model, windows, batch_size)
         name, module = find_blocks(model)[0]
-        block = trace_block(name, module, captured.runner(name, module), captured.hidden[0])
+        block, _ = trace_block(name, module, captured.runner(name, module), captured.hidden[0])
     return block, captured.hidden
 
 

@@ -848,7 +848,7 @@ def test_the_energy_of_outputs_is_the_proxy_of_the_whole_weight():
     captured = capture(model, WINDOWS)
     name, module = find_blocks(model)[0]
     with torch.no_grad():
-        block = trace_block(name, module, captured.runner(name, module), captured.hidden[0])
+        block, _ = trace_block(name, module, captured.runner(name, module), captured.hidden[0])
         stats, _ = collect(block, list(block.linears), ("hessian",), captured.hidden)
     for linear in block.linears.values():
         seen = stats[linear.name]

@@ -139,9 +139,10 @@ def test_a_model_may_bring_a_forward_that_reads_all_batches_first():
         yield from logits_of(model, batches)
 
     rows = questions()
-    with on_threads(1):  # side by side it is given one at a time
+    with on_threads(2):  # what is given is called for one batch after the other
         expected = score_rows(model, rows, batch_tokens=64, batching="shared")
         found = score(model, PackedRows(rows), batch_tokens=64, forward=own)
+    assert found.details["batches_at_once"] == 1
     assert found.scores == expected and order[-1] > 1
 
 

@@ -5,20 +5,25 @@ import time
 
 import pytest
 import torch
+from cli_fixtures import LINES
 from test_scoring import EVERY, SOME, windows
 from test_sharing import build, questions
 
 from qbench import quantize_model
 from qbench.errors import QBenchError
+from qbench.evaluation import scoring
+from qbench.evaluation.evaluate import prepare_task
 from qbench.evaluation.forward import logits_of
 from qbench.evaluation.packing import PackedRows
 from qbench.evaluation.reading import read_batches
 from qbench.evaluation.scoring import score
+from qbench.evaluation.tasks import EvaluationOptions, TaskSpec
+from qbench.models import side_by_side as side_by_side_module
 from qbench.models.checkpoints import find_checkpoint
-from qbench.models.products import fast_products, on_threads
+from qbench.models.products import on_threads
 from qbench.models.side_by_side import double_of, number_at_once, side_by_side, threads_shared
 from qbench.models.streamed import open_streamed
-from qbench.testing import tiny_model
+from qbench.testing import tiny_checkpoint, tiny_model
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +79,28 @@ def test_a_model_with_something_in_place_of_a_forward_runs_alone():
     assert number_at_once(model, 9) == 1
     model.beside = model.model.embed_tokens.forward
     assert number_at_once(model, 9) == 1
+    del model.beside
+    assert number_at_once(model, 9) == 2
+
+
+def test_a_double_that_would_call_the_first_model_is_found_by_trying():
+    model = tiny_model()
+    hidden = {"head": model.lm_head}  # where no attribute shows it
+    model.lm_head = Elsewhere(hidden)
+    assert number_at_once(model, 9) == 1
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert number_at_once(torch.nn.Linear(2, 2), 9) == 1, "it takes no tokens"
+
+
+class Elsewhere(torch.nn.Module):
+    """Calls a module that it does not own."""
+
+    def __init__(self, found):
+        super().__init__()
+        self.found, self.own = found, found["head"]
+
+    def forward(self, x):
+        return self.found["head"](x)
 
 
 def test_a_double_shares_tensors_and_no_hooks():
@@ -118,23 +145,25 @@ def test_results_come_in_order_and_not_far_ahead():
 
 
 def test_other_threads_compute_as_this_one_does():
-    class Wide(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.blocks = torch.nn.ModuleList([torch.nn.Linear(512, 512)])
-
     def modes(own, item):
-        from qbench.models import products
+        return torch.is_inference_mode_enabled(), torch.is_grad_enabled()
 
-        return torch.is_inference_mode_enabled(), torch.is_grad_enabled(), products._HERE.onednn
-
-    model = Wide()
-    with torch.no_grad(), fast_products(model):
-        here = modes(model, 0)
-        assert set(side_by_side(model, range(3), modes, 2)) == {here}
+    model = torch.nn.Linear(2, 2)
+    with torch.no_grad():
+        assert set(side_by_side(model, range(3), modes, 2)) == {(False, False)}
     with torch.inference_mode():
-        assert set(side_by_side(model, range(3), modes, 2)) == {(True, False, False)}
-    assert set(side_by_side(model, range(3), modes, 2)) == {(False, True, False)}
+        assert set(side_by_side(model, range(3), modes, 2)) == {(True, False)}
+    assert set(side_by_side(model, range(3), modes, 2)) == {(False, True)}
+
+
+def test_which_model_gets_a_batch_does_not_depend_on_time():
+    module = torch.nn.Linear(2, 2)
+
+    def do(own, item):
+        time.sleep(0.05 if item == 0 else 0)
+        return own is module
+
+    assert list(side_by_side(module, range(6), do, 2)) == [True, False] * 3
 
 
 @pytest.mark.parametrize("given_up", ["error", "closed"])
@@ -159,42 +188,88 @@ def test_nothing_goes_on_once_it_was_given_up(given_up):
     assert torch.get_num_threads() == 2
 
 
-def test_where_two_batches_do_not_fit_smaller_ones_run():
+def test_where_two_batches_do_not_fit_smaller_ones_run(monkeypatch):
     model, packed = tiny_model(), PackedRows(questions())
-    expected = score(model, packed, 200)
-    lock, under_way = threading.Lock(), []
+    expected = score(model, packed, 90)
+    both, full = threading.Barrier(2), []
+    inner = scoring._of_tokens
 
-    def forward(own, batches):
-        (batch,) = batches
-        with lock:
-            under_way.append(batch.ids.numel())
-            too_much = sum(under_way) > 90
-        try:
-            if too_much:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            time.sleep(0.01)
-            yield from logits_of(own, [batch])
-        finally:
-            with lock:
-                under_way.remove(batch.ids.numel())
+    def of_tokens(*args):
+        if len(full) < 2:
+            full.append(1)
+            both.wait(timeout=60)  # both batches are under way
+            raise torch.OutOfMemoryError("no memory")
+        return inner(*args)
 
+    monkeypatch.setattr(scoring, "_of_tokens", of_tokens)
     assert [batch.ids.numel() for batch in packed.batches("shared", 90)] == [72, 72]
-    found = score(model, packed, 90, forward=forward)
-    assert found.details["oom_halvings"] >= 1 and found.details["batch_tokens"] <= 45
+    found = score(model, packed, 90)
+    assert found.details["oom_halvings"] == 1 and found.details["batch_tokens"] == 36
     assert found.details["batches_at_once"] == 2
     for one, other in zip(found.scores, expected.scores, strict=True):
         assert one.loglikelihood == pytest.approx(other.loglikelihood, abs=1e-5)
 
 
+@pytest.fixture(scope="module", params=[64, 512], ids=["one thread a batch", "wide"])
+def folder(request, tmp_path_factory):
+    """Wide models multiply in oneDNN, on as many threads as each batch has."""
+    place = tmp_path_factory.mktemp("side") / "model"
+    return tiny_checkpoint(place, hidden_size=request.param, num_attention_heads=4)
+
+
+@pytest.fixture
+def doubled(monkeypatch):
+    """Notes what is doubled."""
+    found = []
+    monkeypatch.setattr(
+        side_by_side_module,
+        "double_of",
+        lambda m: (found.append(type(m).__name__), double_of(m))[1],
+    )
+    return found
+
+
 @pytest.mark.parametrize("batch_tokens", [30, 200])
-def test_a_streamed_model_scores_as_the_one_in_memory(tiny, tmp_path, batch_tokens):
-    checkpoint = find_checkpoint(str(tiny))
+def test_a_streamed_model_scores_as_the_one_in_memory(folder, tmp_path, batch_tokens, doubled):
+    checkpoint = find_checkpoint(str(folder))
     streamed = open_streamed(checkpoint, "float32", work=tmp_path / "work")
     rows = questions()
-    one = score(checkpoint.load_model(), PackedRows(rows), batch_tokens, "padded")
-    other = score(streamed, PackedRows(rows), batch_tokens, "padded")
+    with on_threads(4):
+        one = score(checkpoint.load_model(), PackedRows(rows), batch_tokens, "padded")
+        assert "LlamaForCausalLM" in doubled and "LlamaDecoderLayer" not in doubled
+        other = score(streamed, PackedRows(rows), batch_tokens, "padded")
+    assert doubled.count("LlamaDecoderLayer") >= 2
     assert other.scores == one.scores
     assert other.details == one.details and one.details["batches_at_once"] == 2
+
+
+@pytest.mark.parametrize("of_reference", ["in memory", "streamed"])
+def test_agreement_is_that_of_one_batch_after_the_other(folder, tmp_path, of_reference):
+    """Both models run in both threads, but for a streamed reference, of which there is one."""
+    checkpoint = find_checkpoint(str(folder))
+
+    def full_precision():
+        if of_reference == "streamed":
+            return open_streamed(checkpoint, "float32")
+        return checkpoint.load_model()
+
+    (tmp_path / "text.txt").write_text("".join(LINES))
+    spec = TaskSpec.parse(f"{tmp_path / 'text.txt'}@agreement-16")
+    task = prepare_task(spec, checkpoint.load_tokenizer(), 64, EvaluationOptions(batch_tokens=40))
+    shaken = checkpoint.load_model()
+    with torch.no_grad():
+        shaken.model.layers[0].mlp.up_proj.weight.mul_(3)
+    with on_threads(4):
+        bound = task.against(task.refer(full_precision()))
+        found, same = bound.run(shaken), bound.run(full_precision())
+    with on_threads(1):
+        expected = task.against(task.refer(full_precision())).run(shaken)
+    at_once = 1 if of_reference == "streamed" else 2
+    assert found.details["batches_at_once"] == at_once
+    assert same.metrics["kl_divergence"].value == pytest.approx(0, abs=1e-9)
+    for name, metric in expected.metrics.items():
+        assert found.metrics[name].value == pytest.approx(metric.value, rel=1e-4)
+    assert expected.metrics["kl_divergence"].value > 1e-4
 
 
 def test_what_reading_raises_is_raised_here():
@@ -204,3 +279,15 @@ def test_what_reading_raises_is_raised_here():
     model, rows = tiny_model(), PackedRows(windows())
     with torch.inference_mode(), pytest.raises(QBenchError, match="no"):
         list(read_batches(model, rows.batches("padded", 20), read, logits_of))
+
+
+def test_threads_come_back_when_progress_raises():
+    model, packed = tiny_model(), PackedRows(questions())
+
+    def progress(done, total):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError) as kept:  # a notebook keeps tracebacks too
+        score(model, packed, 60, progress=progress)
+    assert kept.traceback and torch.get_num_threads() == 2
+    assert not [t for t in threading.enumerate() if "ThreadPoolExecutor" in t.name]

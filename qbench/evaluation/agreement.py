@@ -19,6 +19,7 @@ Left out: other divergences; distributions along generated text.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -50,7 +51,7 @@ from qbench.evaluation.tasks import (
 )
 from qbench.models.blocks import find_blocks, first_tensor
 from qbench.models.bypass import Bypass, Stop, blocks_replaced, bypass_of
-from qbench.models.side_by_side import double_of
+from qbench.models.side_by_side import double_of, stands_alone
 from qbench.models.streaming import resident, stream_of
 from qbench.quantization.outcome import batching_of
 from qbench.record import Metric
@@ -85,13 +86,13 @@ class Reference:
         """The full-precision logits at ``batch.wanted``, in parts (places, vocabulary)."""
         batch = replace(batch, whole_head=False)
         if self.how is None:
-            own = self.model if stream_of(self.model) else double_of(self.model)
+            own = self._own()
             for parts in forward_of(own)(own, [batch]):
                 yield from parts
             return
         states = torch.stack([self.states[tuple(row)] for row in batch.ids.tolist()])
         final = states.to(self.model.device)
-        model = double_of(self.model)  # several batches may be under way
+        model = self._own()
         last = len(find_blocks(model)) - 1
         stands_in = blocks_replaced(
             model,
@@ -101,6 +102,15 @@ class Reference:
         with stands_in:
             for parts in logits_of(model, [batch]):
                 yield from parts
+
+    @property
+    def for_several(self) -> bool:
+        """Whether logits of several batches may be asked for at once."""
+        return stream_of(self.model) is None and stands_alone(self.model)
+
+    def _own(self) -> PreTrainedModel:
+        """Modules for one batch."""
+        return double_of(self.model) if self.for_several else self.model
 
 
 class AgreementTask(PreparedTask):
@@ -171,7 +181,15 @@ class AgreementTask(PreparedTask):
         policy = batching or batching_of(model)
         policy = "padded" if policy in (None, "shared") else policy
         budget = self.options.batch_tokens or self.reference.batch_tokens
-        found, details = read_rows(model, self.rows, self._compare, policy, budget, progress)
+        found, details = read_rows(
+            model,
+            self.rows,
+            self._compare,
+            policy,
+            budget,
+            progress,
+            in_turn=not self.reference.for_several,
+        )
         (part,) = self.parts
         kl = [found[i][0] for i in range(len(self.rows.rows))]
         items = {
@@ -298,8 +316,14 @@ def _bypass(model: PreTrainedModel) -> Bypass | None:
 
 
 def _tail(model: PreTrainedModel) -> PreTrainedModel:
-    """A double, whose hooks meet no others; a streamed model, which is the reference's, itself."""
-    return double_of(model) if stream_of(model) is None else model
+    """A model of modules of its own around the same tensors, so that hooks do not meet.
+
+    A streamed model is left as it is: it belongs to the reference alone.
+    """
+    if stream_of(model) is not None:
+        return model
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def _ending_states(model: PreTrainedModel, batches: Iterable[Batch]) -> Iterator[Iterable[Tensor]]:

@@ -27,11 +27,10 @@ Forward = Callable[["PreTrainedModel", Iterable[Batch]], Iterator[Iterable[torch
 """Takes a model and batches; gives for each batch, in order, its logits in parts: tensors
 (places, vocabulary) on any device and of any float dtype, which one after the other are the logits
 at ``batch.wanted``. The parts of a batch are used up before the next batch is asked for. It may
-read all batches before it gives the first, and where batches run side by side it is called from
-several threads with one batch and a double of the model each. ``batch.inputs(device, dtype)`` is
-what the model is to be called with; it makes masks, so it may be called again rather than kept.
-Memory that is lacking is raised as torch raises it; then the forward is called again with smaller
-batches."""
+read all batches before it gives the first. ``batch.inputs(device, dtype)`` is what the model is to
+be called with; it makes masks, so it may be called again rather than kept. Memory that is lacking
+is raised as torch raises it; then the forward is called again with smaller batches. qbench's own is
+also called with one batch at a time and a double of the model, from two threads."""
 LOGITS_AT_ONCE = 1 << 24
 """Most logits at a time (64 MiB in float32)."""
 _LACKING = ("not enough memory", "can't allocate memory", "out of memory")
@@ -75,7 +74,9 @@ def _logits(model: PreTrainedModel, batch: Batch) -> Iterator[torch.Tensor]:
         if places.given is None:  # the model multiplies with the head's weight by itself
             yield from _whole(logits, batch.wanted)
             return
-        yield logits.flatten(0, -2)
+        part = [logits.flatten(0, -2)]
+        del logits  # whoever has read a part has had it
+        yield part.pop()
         while places.part.stop < len(batch.wanted):
             places.part = slice(places.part.stop, places.part.stop + step)
             yield model(**inputs).logits.flatten(0, -2)

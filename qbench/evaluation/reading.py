@@ -9,8 +9,9 @@ Left out: which rows make a batch (:mod:`~.packing`), and what is read (:mod:`~.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
@@ -20,7 +21,7 @@ from qbench.evaluation.forward import Forward, forward_of, lacks_memory
 from qbench.evaluation.packing import Batch, PackedRows, tree_width
 from qbench.evaluation.tasks import Progress
 from qbench.models.products import fast_products
-from qbench.models.side_by_side import number_at_once, side_by_side, threads_shared
+from qbench.models.side_by_side import AT_ONCE, number_at_once, side_by_side, threads_shared
 from qbench.models.streaming import stream_of
 from qbench.quantization.activations import scales_per_sequence
 
@@ -40,6 +41,7 @@ def read_rows(
     budget: int,
     progress: Progress | None = None,
     forward: Forward | None = None,
+    in_turn: bool = False,
 ) -> tuple[dict[int, T], dict[str, Any]]:
     """What ``read`` makes of every batch's logits; where memory is lacking, of smaller batches.
 
@@ -51,6 +53,7 @@ def read_rows(
         budget: tokens in a batch.
         progress: called with tokens done and tokens in all.
         forward: what runs batches; None is the model's own.
+        in_turn: whether it, or ``read``, must not work on two batches at once.
 
     Returns:
         Row -> what was read, and ``batching``, ``batch_tokens`` (the last budget),
@@ -61,7 +64,7 @@ def read_rows(
     """
     alone = scales_per_sequence(model) if policy == "equal length" else nullcontext()
     with torch.inference_mode(), alone:
-        reader = _Reader(model, rows, read, forward or forward_of(model))
+        reader = _Reader(model, rows, read, forward or forward_of(model), in_turn)
         reader.run(policy, budget, progress)
     how = {"batching": policy, "batch_tokens": reader.budget}
     how |= {"batches_at_once": reader.at_once, "oom_halvings": reader.halvings}
@@ -72,9 +75,16 @@ class _Reader(Generic[T]):
     """One call of :func:`read_rows`: what was found, and what it took."""
 
     def __init__(
-        self, model: PreTrainedModel, rows: PackedRows, read: Read[T], forward: Forward
+        self,
+        model: PreTrainedModel,
+        rows: PackedRows,
+        read: Read[T],
+        forward: Forward,
+        in_turn: bool,
     ) -> None:
-        self.model, self.rows, self.read, self.forward = model, rows, read, forward
+        self.model, self.rows = model, rows
+        self.results = partial(read_batches, model, read=read, forward=forward, in_turn=in_turn)
+        self.most_at_once = 1 if in_turn and stream_of(model) is None else AT_ONCE
         self.width = tree_width(model)
         self.found: dict[int, T] = {}
         self.budget = self.halvings = 0
@@ -90,16 +100,18 @@ class _Reader(Generic[T]):
         while left or later:
             if not left:
                 left, later = later, []
-            self.at_once = max(self.at_once, number_at_once(self.model, len(left)))
+            at_once = min(self.most_at_once, number_at_once(self.model, len(left)))
+            self.at_once = max(self.at_once, at_once)
             finished = 0
             try:
-                results = read_batches(self.model, left, self.read, self.forward)
-                for batch, found in zip(left, results, strict=True):
-                    self.found |= found
-                    finished += 1
-                    done += sum(len(self.rows.rows[i].tokens) for i in batch.rows)
-                    if progress is not None:
-                        progress(done, total)
+                # closed: a generator that is given up keeps torch's threads shared out
+                with closing(self.results(left)) as results:
+                    for batch, found in zip(left, results, strict=True):
+                        self.found |= found
+                        finished += 1
+                        done += sum(len(self.rows.rows[i].tokens) for i in batch.rows)
+                        if progress is not None:
+                            progress(done, total)
                 left = []
                 continue
             except (RuntimeError, MemoryError) as error:
@@ -124,23 +136,38 @@ def read_batches(
     batches: Sequence[Batch],
     read: Callable[[Batch, Iterable[torch.Tensor]], T],
     forward: Forward,
-) -> Iterator[T]:
+    in_turn: bool = False,
+) -> Generator[T, None, None]:
     """What ``read`` makes of each batch and its logits, in their order.
 
-    A streamed model's forward gets all batches and shares the threads out by itself.
+    A streamed model's forward gets all batches, and shares torch's threads out by itself; one that
+    works ``in_turn`` gets them all too, and has all threads.
     """
+    if stream_of(model):
+        yield from _in_turn(batches, read, forward(model, iter(batches)))
+        return
+    at_once = 1 if in_turn else number_at_once(model, len(batches))
+    if at_once == 1:
+        with fast_products(model):
+            yield from _in_turn(batches, read, forward(model, iter(batches)))
+        return
 
     def run(own: PreTrainedModel, batch: Batch) -> T:
-        (found,) = (read(batch, parts) for parts in forward(own, [batch]))
+        with fast_products(model):
+            (found,) = _in_turn([batch], read, forward(own, [batch]))
         return found
 
-    at_once = 1 if stream_of(model) else number_at_once(model, len(batches))
-    with threads_shared(at_once), fast_products(model):
-        if at_once > 1:
-            yield from side_by_side(model, batches, run, at_once)
-            return
-        for batch, parts in zip(batches, forward(model, iter(batches)), strict=True):
-            yield read(batch, parts)
+    with threads_shared(at_once):
+        yield from side_by_side(model, batches, run, at_once)
+
+
+def _in_turn(
+    batches: Sequence[Batch],
+    read: Callable[[Batch, Iterable[torch.Tensor]], T],
+    logits: Iterator[Iterable[torch.Tensor]],
+) -> Iterator[T]:
+    for batch, parts in zip(batches, logits, strict=True):
+        yield read(batch, parts)
 
 
 def _free() -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from qbench.errors import unknown
-from qbench.evaluation.forward import Forward, forward_of
+from qbench.evaluation.forward import Forward
 from qbench.evaluation.packing import Batch, PackedRows, Row, tree_width
 from qbench.evaluation.reading import read_rows
 from qbench.evaluation.sharing import Sharing, sharing_of
@@ -52,7 +52,7 @@ class Scored:
 
     scores: list[Score]
     details: dict[str, Any] = field(default_factory=dict)
-    """``batching``, ``sharing`` (where it was asked for), ``batch_tokens``, ``oom_halvings``."""
+    """``sharing`` (where it was asked for) and what :func:`~.reading.read_rows` says."""
 
 
 def score_rows(
@@ -87,7 +87,8 @@ def score(
             "shared" becomes "padded".
         progress: called with tokens done and tokens in all.
         sharing: what is known of the model; None tests it.
-        forward: what runs batches; None is the model's own (:mod:`~.forward`).
+        forward: what runs batches, one after the other; None is the model's own
+            (:mod:`~.forward`), which may run them side by side.
 
     Raises:
         RunFailed: when one row alone does not fit into memory.
@@ -96,17 +97,18 @@ def score(
     if policy not in BATCHING:
         raise unknown("batching", policy, BATCHING)
     budget = batch_tokens or default_tokens(model)
-    run = forward or forward_of(model)
     details: dict[str, Any] = {}
     if policy == "shared":
         with torch.inference_mode():
-            sharing = worth_sharing(model, rows, batch_tokens, sharing, run)
+            sharing = worth_sharing(model, rows, batch_tokens, sharing, forward)
         details["sharing"] = sharing.reason
         shared = sharing.exact
         policy, budget = (
             ("shared", _trees(model, rows, batch_tokens)) if shared else ("padded", budget)
         )
-    found, how = read_rows(model, rows, _scores_of, policy, budget, progress, forward)
+    found, how = read_rows(
+        model, rows, _scores_of, policy, budget, progress, forward, in_turn=forward is not None
+    )
     scores = [found.get(i, Score(0.0, True)) for i in range(len(rows.rows))]
     return Scored(scores, details | how)
 
@@ -166,6 +168,7 @@ def token_scores(batch: Batch, parts: Iterable[torch.Tensor]) -> tuple[np.ndarra
             values.append(found[0])
             greedy.append(found[1])
             done = stop
+            del logits  # before the next part is made
     finally:
         if isinstance(parts, Generator):  # or its hooks would stay on the model
             parts.close()

@@ -97,7 +97,7 @@ def sharing_of(
         if verdict.holds_for(rows.longest, widest.ids.shape[1]):
             found: Sharing = verdict
             return found
-    found = _test(model, rows, widest, forward or forward_of(model))
+    found = _test(model, rows, widest, forward)
     if found is not _UNTESTED:
         verdicts.append(found)
     return found
@@ -115,7 +115,7 @@ def test_sharing(
 test_sharing.__test__ = False  # type: ignore[attr-defined]  # no test of pytest's
 
 
-def _test(model: PreTrainedModel, packed: PackedRows, tree: Batch, run: Forward) -> Sharing:
+def _test(model: PreTrainedModel, packed: PackedRows, tree: Batch, run: Forward | None) -> Sharing:
     sizes = packed.longest, tree.ids.shape[1]
     sample = PackedRows([packed.rows[i] for i in _sample(packed, tree)])
     chosen = dict(zip(_sample(packed, tree), sample.wanted, strict=True))
@@ -174,7 +174,7 @@ _Values = dict[int, np.ndarray]
 """Row -> log-probabilities of its scored tokens."""
 
 
-def _values(model: PreTrainedModel, batches: Sequence[Batch], run: Forward) -> _Values:
+def _values(model: PreTrainedModel, batches: Sequence[Batch], run: Forward | None) -> _Values:
     from qbench.evaluation.scoring import token_scores
 
     def read(batch: Batch, parts: Iterable[torch.Tensor]) -> _Values:
@@ -182,7 +182,8 @@ def _values(model: PreTrainedModel, batches: Sequence[Batch], run: Forward) -> _
         return {row: values[batch.owner == row] for row in batch.rows}
 
     found: _Values = {}
-    for values in read_batches(model, batches, read, run):
+    forward = run or forward_of(model)
+    for values in read_batches(model, batches, read, forward, in_turn=run is not None):
         found |= values
     return found
 

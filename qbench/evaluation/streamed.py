@@ -16,6 +16,7 @@ from torch import nn
 from qbench.evaluation.forward import logits_of
 from qbench.models.blocks import find_blocks
 from qbench.models.bypass import Call, blocks_replaced, bypass_of
+from qbench.models.products import fast_products
 from qbench.models.side_by_side import number_at_once, side_by_side, threads_shared
 from qbench.models.streaming import resident
 from qbench.quantization.calibration import capture_calls
@@ -35,7 +36,7 @@ def streamed_logits(
     """The logits that are wanted of every batch, as :data:`qbench.evaluation.forward.Forward`."""
     batches = list(batches)
     at_once = number_at_once(model, len(batches))
-    with threads_shared(at_once):  # for the head too: as in memory
+    with threads_shared(at_once), fast_products(model):  # for the head too: as in memory
         how = bypass_of(model, lambda name: resident(model, name))
         if how.refused:  # every block comes for every batch: slow, and right
             yield from logits_of(model, batches)
@@ -56,7 +57,7 @@ def streamed_states(model: PreTrainedModel, batches: Iterable[Batch]) -> Iterato
     """
     batches = list(batches)
     at_once = number_at_once(model, len(batches))
-    with threads_shared(at_once):
+    with threads_shared(at_once), fast_products(model):
         for group in _groups(batches, model):
             yield from _through_all_blocks(model, group, at_once)
 
@@ -70,7 +71,8 @@ def _through_all_blocks(
     for name, module in find_blocks(model):
 
         def run(own: nn.Module, index: int, name: str = name) -> torch.Tensor:
-            return captured.runner(name, own)(hidden[index], index)
+            with fast_products(model):
+                return captured.runner(name, own)(hidden[index], index)
 
         with resident(model, name):
             found = side_by_side(module, range(len(hidden)), run, at_once)

@@ -52,8 +52,6 @@ class Block:
     """Matrices that stay in full precision: name -> why."""
     is_last: bool = False
     """Whether no block reads what this one gives."""
-    traced: Tensor | None = field(default=None, repr=False)
-    """What it gave when it was traced, for the next block to be traced on; None once taken."""
 
     def run(self, hidden: Tensor, index: int) -> Tensor:
         """The block's output for hidden states (sequences, tokens, hidden) of a captured batch."""
@@ -188,15 +186,15 @@ def _recording(
 
 def trace_block(
     name: str, module: nn.Module, runner: BlockRunner, hidden: Tensor, folds: bool = True
-) -> Block:
-    """Run a block once on ``hidden`` (sequences, tokens, hidden) and describe what was seen.
+) -> tuple[Block, Tensor]:
+    """Run a block once on ``hidden`` (sequences, tokens, hidden): what was seen, and its output.
 
     Without ``folds`` no norm is tried out: that takes further runs, and is for transforms alone.
     """
     owned, loose = _owned_matrices(module), _loose_matrices(module)
     with _recording(module, owned, loose) as seen:
         reference = runner(hidden, 0)
-    block = Block(name, module, runner, traced=reference)
+    block = Block(name, module, runner)
     _sort_matrices(block, owned, loose, [linear for linear, _, _ in seen.products])
     _group_by_input(block, seen)
     if seen.attention is not None:
@@ -215,7 +213,7 @@ def trace_block(
         block.folds, block.unfoldable = find_folds(
             seen.norms, readers, unseen, lambda: runner(hidden, 0), reference
         )
-    return block
+    return block, reference
 
 
 def _owned_matrices(block: nn.Module) -> list[Linear]:

@@ -121,8 +121,10 @@ def read_json(path: Path) -> dict[str, Any]:
 def sha256(path: Path) -> bytes:
     """Digest of a file's bytes."""
     begun = _BEGUN.pop(path.resolve(), None)
-    if begun is not None and begun.version == _version(path):
-        return begun.digest.result()
+    if begun is not None:
+        digest = begun.digest.result()
+        if begun.version == _version(path):
+            return digest
     return _sha256(path)
 
 
@@ -138,8 +140,9 @@ def begin_hashing(name: str) -> None:
         begun = {path.resolve(): _Begun(_version(path)) for path in weight_files(folder)}
     except (OSError, QBenchError):  # said once the checkpoint is looked for
         return
-    _BEGUN.update(begun)
-    Thread(target=_hash, args=(begun,), daemon=True).start()  # nobody waits for it at the end
+    if begun:
+        _BEGUN.update(begun)
+        Thread(target=_hash, args=(begun,), daemon=True).start()  # nobody waits for it at the end
 
 
 def _sha256(path: Path) -> bytes:
@@ -154,17 +157,17 @@ def _sha256(path: Path) -> bytes:
 class _Begun:
     """A file that a thread is reading."""
 
-    version: tuple[int, int]
+    version: tuple[int, ...]
     digest: Future[bytes] = field(default_factory=Future)
 
 
 _BEGUN: dict[Path, _Begun] = {}
 
 
-def _version(path: Path) -> tuple[int, int]:
-    """What changes when a file is written."""
+def _version(path: Path) -> tuple[int, ...]:
+    """What changes when a file is written, or another is put in its place."""
     stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def _hash(begun: dict[Path, _Begun]) -> None:

@@ -158,9 +158,11 @@ class OpenModes:
 
     def leave(self) -> None:
         """End what this thread entered last, if anything."""
-        entered = self._of_threads.get(get_ident())
+        entered = self._of_threads.get(get_ident(), [])
         if entered:
             entered.pop().__exit__(None, None, None)
+        if not entered:
+            self._of_threads.pop(get_ident(), None)
 
 
 class _FusedHook:

@@ -14,9 +14,8 @@ processors, where torch's own choice stands.
 from __future__ import annotations
 
 import platform
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -36,7 +35,7 @@ WORTH_IT = 1 << 24
 
 @contextmanager
 def fast_products(model: nn.Module) -> Iterator[None]:
-    """While active, a model on a CPU multiplies as suits its size.
+    """While active, a model on a CPU multiplies as suits its size, in this Python thread.
 
     Large float32 products run in oneDNN, on x86; small models run on one thread, whatever the
     number of torch's threads, which is the process's and comes back afterwards.
@@ -48,33 +47,10 @@ def fast_products(model: nn.Module) -> Iterator[None]:
         with on_threads(1):
             yield
     elif largest.dtype is torch.float32 and has_onednn():
-        with _in_onednn():
+        with _Products():
             yield
     else:
         yield
-
-
-class _Here(threading.local):
-    onednn = False
-    """Whether this thread's products go to oneDNN."""
-
-
-_HERE = _Here()
-
-
-@contextmanager
-def _in_onednn() -> Iterator[None]:
-    before, _HERE.onednn = _HERE.onednn, True
-    try:
-        with _Products():
-            yield
-    finally:
-        _HERE.onednn = before
-
-
-def products_of_this_thread() -> Callable[[], AbstractContextManager[None]]:
-    """What another thread has to be within to multiply as this one does."""
-    return _in_onednn if _HERE.onednn else nullcontext
 
 
 def _largest_matrix(model: nn.Module) -> Tensor | None:

@@ -2,8 +2,8 @@
 
 Two threads that share every operation of one batch wait for each other at its end, and what is
 between the products keeps hardly one of them busy; two batches of half as many threads each do not
-wait. Results come in the order of the batches and do not depend on which was done first. They may
-depend in their last bits on the number of threads, so whatever is to be equal runs side by side
+wait. Results come in the order of the batches, and which was done first makes no difference. They
+may depend in their last bits on the number of threads, so whatever is to be equal runs side by side
 everywhere or nowhere.
 
 Each batch needs modules of its own, because hooks and stand-ins are put on them: a double. Left
@@ -13,22 +13,24 @@ out: GPUs, which one batch fills.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from queue import SimpleQueue
 from typing import TypeVar
 
 import torch
 from torch import nn
 
-from qbench.models.products import device_kind, on_threads, products_of_this_thread
+from qbench.models.products import device_kind, on_threads
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 T = TypeVar("T")
 U = TypeVar("U")
 
+_TRIED = "_qbench_stands_alone"
+"""Attribute of a model: what came of trying its double. Copies of the model inherit it."""
 AT_ONCE = 2
 """Batches at a time: each needs its activations, and more would wait for the interpreter."""
 
@@ -54,23 +56,33 @@ def double_of(model: ModuleT) -> ModuleT:
 
 
 def number_at_once(model: nn.Module, n_batches: int) -> int:
-    """How many of so many batches of a model run side by side."""
-    enough = n_batches >= AT_ONCE and torch.get_num_threads() >= AT_ONCE
-    return AT_ONCE if enough and device_kind(model) == "cpu" and _can_be_doubled(model) else 1
+    """How many of so many batches of a model run side by side: one or ``AT_ONCE``.
 
-
-def _can_be_doubled(model: nn.Module) -> bool:
-    """Whether a double would stand alone.
-
-    It would not where a module knows others, or itself, by more than its list of submodules, as
-    where something has been put in place of a ``forward``: the double would call the first one's
-    modules, with what hooks are on those.
+    To be asked before torch's threads are shared out or a small model has put them aside.
     """
-    return not any(
-        name == "forward" or _is_of_module(value)
+    enough = n_batches >= AT_ONCE and torch.get_num_threads() >= AT_ONCE
+    return AT_ONCE if enough and device_kind(model) == "cpu" and stands_alone(model) else 1
+
+
+def stands_alone(model: nn.Module) -> bool:
+    """Whether a double of a model would run by itself.
+
+    It would not where a module is known by more than its place among the submodules: the double
+    would call the first one's, with what hooks are on those. What can be seen is looked for (a
+    module in an attribute, something in place of a ``forward``, compiled modules), and a model in
+    memory is tried out once: no module of the first may run when the double does.
+    """
+    if any(
+        (name in ("forward", "_compiled_call_impl") and value is not None) or _is_of_module(value)
         for module in model.modules()
         for name, value in vars(module).items()
-    )
+    ):
+        return False
+    if any(tensor.device.type == "meta" for tensor in model.parameters()):
+        return True  # blocks on disk, each of which is doubled while it is here
+    if _TRIED not in vars(model):
+        vars(model)[_TRIED] = _try_out(model)
+    return bool(vars(model)[_TRIED])
 
 
 def _is_of_module(value: object) -> bool:
@@ -79,58 +91,65 @@ def _is_of_module(value: object) -> bool:
     return isinstance(value, nn.Module) or isinstance(getattr(value, "__self__", None), nn.Module)
 
 
+def _try_out(model: nn.Module) -> bool:
+    ran: list[nn.Module] = []
+    double = double_of(model)
+    handles = [m.register_forward_pre_hook(lambda m, _: ran.append(m)) for m in model.modules()]
+    try:
+        with torch.no_grad():
+            double(input_ids=torch.tensor([[1, 2, 3, 4]]), use_cache=False)
+    except Exception:  # noqa: BLE001 - whatever a model raises that is called in another way
+        return False
+    finally:
+        for handle in handles:
+            handle.remove()
+    return not ran
+
+
 def threads_shared(at_once: int) -> AbstractContextManager[None]:
     """While active, torch's threads are shared out among so many batches."""
     return nullcontext() if at_once == 1 else on_threads(torch.get_num_threads() // at_once)
 
 
 def side_by_side(
-    module: ModuleT,
-    items: Sequence[T],
-    do: Callable[[ModuleT, T], U],
-    at_once: int,
+    module: ModuleT, items: Sequence[T], do: Callable[[ModuleT, T], U], at_once: int
 ) -> Iterator[U]:
     """``do(module or a double, item)`` for every item, results in the order of the items.
 
+    Which of them gets an item depends on its number alone. Few results wait to be asked for. An
+    interruption is raised once the items under way have ended.
+
     Args:
         module: not to be changed until the last result is there.
-        items: at most one more than are worked on is finished before it is asked for.
-        do: called from other threads where ``at_once`` is more than one; of this one's modes they
-            know whether gradients are wanted and how products are done.
+        items: numbered from 0.
+        do: called from other threads where ``at_once`` is more than one; of this one's modes those
+            know only whether gradients are wanted.
         at_once: of which :func:`threads_shared` is active.
     """
     if at_once == 1 or len(items) == 1:
         for item in items:
             yield do(module, item)
         return
-    idle: SimpleQueue[ModuleT] = SimpleQueue()
-    for _ in range(at_once - 1):
-        idle.put(double_of(module))
-    idle.put(module)
-    threads, products = torch.get_num_threads(), products_of_this_thread()
-    inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+    threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
+    gradients = torch.is_grad_enabled()
 
-    def work(item: T) -> U:
-        own = idle.get()
-        try:
-            with (
-                on_threads(threads),
-                torch.inference_mode(inference),
-                torch.set_grad_enabled(gradients),
-                products(),
-            ):
+    def work(own: ModuleT, item: T) -> U:
+        with on_threads(threads), torch.inference_mode(inference):
+            with torch.set_grad_enabled(gradients):
                 return do(own, item)
-        finally:
-            idle.put(own)
 
-    left, begun = iter(items), deque[Future[U]]()
-    with ThreadPoolExecutor(at_once) as pool:
-        try:
-            for item in left:
-                begun.append(pool.submit(work, item))
-                if len(begun) > at_once:
-                    yield begun.popleft().result()
-            while begun:
+    workers = [(module, ThreadPoolExecutor(1))]
+    workers += [(double_of(module), ThreadPoolExecutor(1)) for _ in range(at_once - 1)]
+    begun: deque[Future[U]] = deque()
+    try:
+        for item, (own, worker) in zip(items, itertools.cycle(workers), strict=False):
+            begun.append(worker.submit(work, own, item))
+            if len(begun) > at_once:
                 yield begun.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        while begun:
+            yield begun.popleft().result()
+    finally:
+        for future in begun:
+            future.cancel()
+        for _, worker in workers:
+            worker.shutdown()

@@ -71,8 +71,7 @@ class Calibration:
         entering = self._trace_capture.hidden[0] if number == 0 else self._traced
         assert entering is not None
         run = self._trace_capture.runner(name, module)
-        block = trace_block(name, module, run, entering, folds)
-        self._traced, block.traced = block.traced, None
+        block, self._traced = trace_block(name, module, run, entering, folds)
         block.runner = self.captured.runner(name, module)
         return block
 

@@ -3,8 +3,9 @@
 Every figure is a sum of terms that are written out here. With P parameters of w bytes each, n the
 channels of an input, m the rows that read it, T calibration tokens and d the hidden size:
 
-    weights       P w as loaded, and P w of the copy that is quantized; streamed: what lies outside
-                  the blocks (nothing where it is mapped from the file unchanged) and one block
+    weights       P w as loaded, and P w of the copy that is quantized (of one cell: what its blocks
+                  get anew beside the mapped file); streamed: what lies outside the blocks (nothing
+                  where it is mapped from the file unchanged) and one block
     activations   3 T d w: into the first block, into and out of the one at hand; in files where a
                   streamed model has large ones
     hessians      4 n² for every input of a block, in memory those of the first block as well (for
@@ -35,10 +36,10 @@ SPILLED = 1 << 20
 """Activations of a batch of this many bytes lie in a file when a model is streamed."""
 _CALIBRATION_BATCH = 2048
 """Tokens that run through a block together, or one window if that is longer."""
-_EVALUATION_BATCH = 512
-"""Tokens of an evaluation's batch where the run does not say, or one row if that is longer."""
-_AT_ONCE = 2
-"""Batches of an evaluation side by side."""
+_EVALUATION_BATCH = {True: 512, False: 2048}
+"""Tokens of an evaluation's batch on a CPU or not, where the run does not say; or a longer row."""
+_AT_ONCE = {True: 2, False: 1}
+"""Batches of an evaluation side by side, on a CPU or not."""
 _HELD = 1 << 28
 """Activations that the evaluation of a streamed model holds, or two blocks if that is more."""
 _LOGITS = 1 << 24
@@ -57,6 +58,9 @@ class Work:
     is_cast: bool
     """Whether the files hold another dtype, so that weights are converted as they are read."""
     quantizes: bool = False
+    copies: bool = True
+    """Whether the full-precision model stays in memory beside the quantized one."""
+    on_cpu: bool = True
     nsamples: int = 0
     """Calibration windows; 0 where the method reads no data."""
     seqlen: int = 0
@@ -87,7 +91,7 @@ class Work:
     @property
     def evaluation_batch(self) -> int:
         """Tokens of a batch."""
-        wanted = max(self.batch_tokens or _EVALUATION_BATCH, self.longest)
+        wanted = max(self.batch_tokens or _EVALUATION_BATCH[self.on_cpu], self.longest)
         return min(wanted, self.evaluated)
 
 
@@ -124,8 +128,9 @@ def estimate(shape: ModelShape, work: Work, speed: Speed) -> Estimate:
         _evaluating(shape, work) + activations / 3 + kept_hessians,
     )
     kept = shape.in_blocks * work.width if work.quantizes else 0
+    beside = weights if work.copies and work.quantizes else 0 if work.is_cast else kept
     return Estimate(
-        memory=PROCESS + weights * (2 if work.quantizes else 1) + whole,
+        memory=PROCESS + weights + beside + whole,
         streamed_memory=ANONYMOUS + outside + block + streamed,
         disk=weights,
         work_files=kept + (activations if spills else 0),
@@ -164,13 +169,13 @@ def _running(shape: ModelShape, tokens: int, width: int) -> float:
 
 
 def _evaluating(shape: ModelShape, work: Work) -> float:
-    """Bytes beside the weights at the peak of an evaluation: batches, and logits thrice in all.
+    """Bytes beside the weights at the peak of an evaluation: batches, and logits thrice.
 
-    They are held once for each of two batches side by side, and worked on in small parts.
+    On a CPU each of two batches has a part of its own, which is worked on in small pieces.
     """
     tokens = work.evaluation_batch
     logits = min(tokens * shape.vocabulary, _LOGITS)
-    return _AT_ONCE * _running(shape, tokens, work.width) + 12.0 * logits
+    return _AT_ONCE[work.on_cpu] * _running(shape, tokens, work.width) + 12.0 * logits
 
 
 def seconds(shape: ModelShape, work: Work, speed: Speed) -> float:

@@ -20,7 +20,11 @@ PACKAGES = ("qbench", "torch", "transformers", "lm_eval", "datasets", "tokenizer
 
 
 def environment(device: str = "cpu", model: PreTrainedModel | None = None) -> dict[str, str]:
-    """Versions, processor and the threads that a model is run with, as text."""
+    """Versions, processor and torch's threads while a model runs, as text.
+
+    Batches of an evaluation side by side (``batches_at_once`` of its details) share the threads; of
+    a small model each has the one.
+    """
     found = dict(_installation())
     found["cpus"] = str(len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count())
     found["device"] = device

@@ -129,6 +129,8 @@ class Outlook:
             stored_bytes=self.size,
             is_cast=self._is_cast,
             quantizes=quantizes,
+            copies=not self.bench.one_cell or any(spec.is_agreement for spec in plan.pending),
+            on_cpu=not settings.device.startswith("cuda"),
             nsamples=settings.calibration.nsamples if reads else 0,
             seqlen=min(settings.calibration.seqlen, context) if reads else 0,
             hessians=reads and uses_hessians(cell),

@@ -1,4 +1,4 @@
-"""One checkpoint, many cells: quantize a copy, measure it, store every result as it comes.
+"""One checkpoint, many cells: quantize the model, measure it, store every result as it comes.
 
 What does not depend on the cell (the model in memory, the
 calibration windows, prepared tasks) is made once. What is stored already is not measured again;
@@ -258,6 +258,7 @@ class Workbench:
             reporter.step(f"quantize {cell}") as progress,
         ):
             try:
+                self.supply.before(self.prepared(spec) for spec in plan.pending)
                 model, result = self.supply.model_of(
                     cell, windows, folder, lambda done, total, _: progress(done, total)
                 )

@@ -1,9 +1,9 @@
 """Quantized models for the cells of one checkpoint: in memory, or streamed from disk.
 
 In memory a pristine model is kept and copied, the calibration text goes through it once, and cells
-that differ only in the bits of activations share one quantized copy. Streamed, a cell's quantized
-blocks lie in a work folder until all its tasks are measured, so that a killed run goes on at the
-block it had reached.
+that differ only in the bits of activations share one quantized copy; one cell alone takes the model
+itself. Streamed, a cell's quantized blocks lie in a work folder until all its tasks are measured,
+so that a killed run goes on at the block it had reached.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import copy
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -61,6 +61,9 @@ class Supply(ABC):
             folder: of the cell in the store.
             progress: told about every block.
         """
+
+    def before(self, tasks: Iterable[PreparedTask]) -> None:  # noqa: B027 - most need not ask
+        """Ask of full precision what a cell's tasks will want to know of it."""
 
     def sharing(self, task: PreparedTask, model: PreTrainedModel) -> Sharing | None:
         """Whether a task's rows may share their beginning on a cell's model."""
@@ -161,7 +164,7 @@ class InMemory(Supply):
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        """The model in full precision, not changed here; one that cannot be is tried once."""
+        """The model in full precision, until one cell takes it; a damaged one is tried once."""
         if self._unloadable is not None:
             raise self._unloadable
         try:
@@ -211,11 +214,17 @@ class InMemory(Supply):
         return self._calibration[1]
 
     def pristine(self) -> PreTrainedModel:
-        """The model that copies are made of."""
+        """The model that copies are made of; loaded again where one cell has taken it."""
         return self.model
 
+    def before(self, tasks: Iterable[PreparedTask]) -> None:
+        """Ask whether rows may share their beginning before one cell takes the model."""
+        if self._one_cell:
+            for task in tasks:
+                task.test_sharing(self.model)
+
     def sharing(self, task: PreparedTask, model: PreTrainedModel) -> Sharing | None:
-        """Asked of the pristine model, once for all its copies."""
+        """Asked of the pristine model, once for all its copies; the one that is taken knows."""
         return task.test_sharing(model if self._one_cell else self.model)
 
     def release(self) -> None:

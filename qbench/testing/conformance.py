@@ -19,7 +19,7 @@ from torch import Tensor
 from qbench.baseline import Baseline, resolve_scheme, why_not
 from qbench.errors import QBenchError
 from qbench.grid import QuantizedWeight, get_grid, rows_of
-from qbench.models.blocks import Block, find_blocks, trace_block
+from qbench.models.blocks import find_blocks, trace_block
 from qbench.quantization.calibration import capture
 from qbench.quantization.factorize import CannotQuantize
 from qbench.quantization.observers import Statistics
@@ -246,7 +246,7 @@ def _transform_only(baseline: Baseline, model: torch.nn.Module, windows: Tensor)
     hidden = captured.hidden
     scheme = next(iter(claimed(baseline).values()), resolve_scheme(Scheme(abits=8), baseline))
     for name, module in find_blocks(model):
-        block: Block = trace_block(name, module, captured.runner(name, module), hidden[0])
+        block, _ = trace_block(name, module, captured.runner(name, module), hidden[0])
         stats, outputs = collect(block, list(block.linears), baseline.transform_statistics, hidden)
         context = TransformContext(block, scheme, stats, hidden, outputs, generator)
         baseline.transform(block, context)
