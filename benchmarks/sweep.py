@@ -71,7 +71,10 @@ def job(options: Any, folder: Path) -> dict[str, Any]:
 
 
 def run_qbench(asked: dict[str, Any], results: Path) -> dict[str, Any]:
-    """The sweep, and what its records say about time."""
+    """The sweep as ``qbench sweep`` starts it, and what its records say about time."""
+    from qbench.study.imports import import_models
+
+    import_models()
     from qbench.progress import Reporter
     from qbench.study.commands import run_sweep
     from qbench.study.sweep import BaselineEntry, CalibrationEntry, Sweep
