@@ -11,7 +11,10 @@ first touched; in large pages that takes a third of the time.
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 SETTINGS = {
     "OMP_WAIT_POLICY": "passive",
@@ -43,3 +46,15 @@ def set_up() -> None:
     """Set what the user has not set."""
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Within this no garbage is collected, so import and read, and do not compute."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()

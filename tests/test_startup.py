@@ -10,7 +10,7 @@ import pytest
 from cli_fixtures import DATA
 from study_fixtures import bitnet_store
 
-from qbench.study.imports import uncollected
+from qbench.process import uncollected
 
 HEAVY = {
     "torch", "transformers", "lm_eval", "datasets", "numba", "scipy", "sklearn", "evaluate",

@@ -157,7 +157,7 @@ def plot(
     """
     from qbench.plots.plot import plot as draw
     from qbench.plots.style import inches
-    from qbench.study.imports import uncollected
+    from qbench.process import uncollected
     from qbench.study.store import Store
 
     with uncollected():  # pandas and matplotlib are imported in there
@@ -202,9 +202,9 @@ def report(
 
     With --data the page shows the questions that were answered otherwise than in full precision.
     """
+    from qbench.process import uncollected
     from qbench.report.report import Choices
     from qbench.report.report import report as make
-    from qbench.study.imports import uncollected
     from qbench.study.store import Store
 
     choices = Choices(

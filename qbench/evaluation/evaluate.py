@@ -77,7 +77,8 @@ def evaluate(
     """Measure a model in memory.
 
     Args:
-        model: a causal language model of transformers, in eval mode, on any device.
+        model: a causal language model of transformers, in eval mode, on any device. On a CPU two
+            batches may run at once: hooks on it are then called from two threads.
         tokenizer: its tokenizer.
         tasks: tasks or their text forms, as in ``["wikitext2", "piqa", "my.txt@documents"]``.
         num_fewshot: of tasks given as text that are not perplexities.

@@ -25,6 +25,7 @@ from qbench.models.checks import check_causal, check_device, check_dtype, quiet
 from qbench.models.files import first_line
 from qbench.models.gptq_format import GPTQFormat
 from qbench.models.own_scheme import OwnScheme, trained_at
+from qbench.process import uncollected
 from qbench.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -257,7 +258,7 @@ class Checkpoint:
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
         try:
-            with quiet():
+            with quiet(), uncollected():  # it copies every token and merge
                 if (self.folder / "tokenizer.json").is_file() and self._names_tokenizer_code:
                     return PreTrainedTokenizerFast.from_pretrained(self.folder)  # no code is run
                 return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)

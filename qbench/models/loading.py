@@ -16,6 +16,7 @@ from qbench.errors import QBenchError
 from qbench.models.checks import check_causal, check_finite, check_tensors, quiet
 from qbench.models.files import first_line
 from qbench.models.gptq_loading import mark_stored_, state_dict
+from qbench.process import uncollected
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,7 +31,7 @@ def load(checkpoint: Checkpoint, dtype: str, device: str) -> PreTrainedModel:
         QBenchError: for missing or unknown tensors, non-finite weights, an unreadable file.
     """
     try:
-        with quiet():
+        with quiet(), uncollected():
             model, info = _from_codes(checkpoint, dtype) or _from_files(checkpoint, dtype)
     except QBenchError:
         raise

@@ -9,23 +9,11 @@ from __future__ import annotations
 import gc
 import importlib
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+
+from qbench.process import uncollected
 
 _MODELS = "transformers.models.auto.modeling_auto"
 """Brings torch and everything of transformers that a model in memory needs."""
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Within this no garbage is collected, so import and read, and do not compute."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def import_models() -> None:
