@@ -303,8 +303,7 @@ class QuantizedWeight:
     proxy: Tensor | None = None
     """tr(ΔHΔᵀ) of every row, undamped, (out_features,); worked out where it is not given."""
     input_transform: Callable[[Tensor], Tensor] | None = None
-    """Applied to the linear's input at run time, for methods that rotate activations online; it
-    may be called from two threads at once, so it must not keep anything from call to call."""
+    """Applied to the linear's input at run time, by two threads at once; it must keep no state."""
     report: dict[str, object] | None = None
     """Goes into the layer's record: damping, fallback, anything worth keeping."""
 
