@@ -7,6 +7,7 @@ lm-eval-free, so that tasks can be listed in a moment. What a definition means i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from qbench.errors import QBenchError
 from qbench.evaluation.data import HubSource, Original, Rows, load_rows
 
 
-def pinned_tasks() -> dict[str, Path]:
-    """Name -> YAML file of every task definition that comes with qbench."""
+@cache
+def pinned_tasks() -> Mapping[str, Path]:
+    """Name -> YAML file of every task definition that comes with qbench, read once."""
     folder = Path(str(resources.files("qbench_tasks")))
     found = {}
     for path in sorted(folder.glob("*/*.yaml")):
@@ -26,7 +28,7 @@ def pinned_tasks() -> dict[str, Path]:
     return found
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
     """Reads ``!function module.name`` as that text, importing nothing."""
 
 

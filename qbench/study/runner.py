@@ -20,6 +20,7 @@ from qbench.errors import QBenchError, RunFailed
 from qbench.evaluation.tasks import PreparedTask, TaskSpec
 from qbench.models.checkpoints import Checkpoint
 from qbench.models.dimensions import dimensions, stored_bytes
+from qbench.process import uncollected
 from qbench.progress import Reporter
 from qbench.quantization.outcome import Quantization, batching_of
 from qbench.quantization.quantize import needs_calibration
@@ -121,7 +122,8 @@ class Workbench:
         key = (self.checkpoint.tokenizer_fingerprint, self.context, spec)
         if key not in self._prepared:
             options = self.settings.options
-            self._prepared[key] = prepare_task(spec, self.tokenizer, self.context, options)
+            with uncollected():
+                self._prepared[key] = prepare_task(spec, self.tokenizer, self.context, options)
         return self._prepared[key]
 
     def why_not(self, cell: Cell) -> str | None:
