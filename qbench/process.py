@@ -1,4 +1,4 @@
-"""What a process says to the libraries below it; to be said before torch is loaded.
+"""What a process says to the libraries below it, before torch is loaded, and to its collector.
 
 An OpenMP thread that reaches a barrier spins there by default. With as many threads as cores, one
 other busy process is enough that the thread waited for has no core to run on: solvers then take two
@@ -6,6 +6,9 @@ to thirty times as long. Passive waiting costs a wake-up at each barrier.
 
 Tensors come and go in pages of 4 KiB by default, each of them cleared by the kernel when it is
 first touched; in large pages that takes a third of the time.
+
+While much is imported or read, the garbage collector looks through all of it again and again and
+finds nothing; :func:`uncollected` is for that.
 """
 
 from __future__ import annotations
