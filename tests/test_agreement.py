@@ -139,7 +139,7 @@ def test_what_a_model_does_after_its_head_counts(architecture, tokenizer):
     check_against_brute_force(model, shaken(model), tokenizer)
 
 
-@pytest.mark.parametrize("batching", ["padded", "equal length", "one row"])
+@pytest.mark.parametrize("batching", ["padded", "unshared", "one row"])
 def test_batches_change_nothing(batching, tokenizer):
     model = tiny_model()
     check_against_brute_force(model, shaken(model), tokenizer, batching=batching, batch_tokens=50)
@@ -150,7 +150,7 @@ def test_scales_per_tensor_see_one_window_each(tokenizer):
     quantized = copy.deepcopy(model)
     quantize_model(quantized, "absmax", "W8A4:w=tensor,a=tensor")
     result = check_against_brute_force(model, quantized, tokenizer, batch_tokens=200)
-    assert result.details["batching"] == "equal length"
+    assert result.details["batching"] == "unshared"
 
 
 def test_logits_come_in_parts_and_are_never_whole(tokenizer, monkeypatch):

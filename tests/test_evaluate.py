@@ -341,7 +341,7 @@ def test_rows_of_a_model_with_scales_per_tensor_get_what_each_gets_alone(tokeniz
     options = {"data_dir": DATA, "limit": 4}
     result = evaluate(model, tokenizer, "arc_easy", **options)["arc_easy"]
     alone = evaluate(model, tokenizer, "arc_easy", batching="one row", **options)["arc_easy"]
-    assert result.details["batching"] == "equal length"
+    assert result.details["batching"] == "unshared"
     assert alone.details["batching"] == "one row"
     found, expected = (r.items["loglikelihood"] for r in (result, alone))
     np.testing.assert_allclose(found, expected, atol=1e-4)

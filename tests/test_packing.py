@@ -116,10 +116,18 @@ def test_prompts_longer_than_a_tree_is_wide_share_what_they_begin_with():
     assert all(b.is_one_row for b in packed.batches("shared", 304, width=64))
 
 
-def test_equal_lengths_are_never_filled_up_and_never_shared():
-    for batch in PackedRows(questions()).batches("equal length", 64):
-        assert batch.ends is None and not batch.whole_head
-        assert (batch.ids > 0).all()
+def test_unshared_rows_are_whole_and_tell_how_long_they_are():
+    packed = PackedRows(questions())
+    found = packed.batches("unshared", 64)
+    ran = []
+    for batch in found:
+        assert batch.ends is None and not batch.whole_head and batch.lengths is not None
+        for ids, length in zip(batch.ids, batch.lengths, strict=True):
+            assert (ids[:length] > 0).all() and not ids[length:].any()
+            ran.append(tuple(ids[:length].tolist()))
+    assert sorted(ran) == sorted({tuple(packed.rows[i].tokens[:-1]) for i in packed.wanted})
+    assert any(min(batch.lengths or []) < batch.ids.shape[1] for batch in found)
+    assert all(b.lengths is None for b in packed.batches("padded", 64))
     whole = PackedRows(questions()).batches("one row", 64)
     assert {b.ids.shape[0] for b in whole} == {1} and all(b.whole_head for b in whole)
 

@@ -12,12 +12,18 @@ from cli_fixtures import DATA, qbench
 from invented_architecture import odd_model, odd_windows
 
 from qbench import Baseline, QBenchError, evaluate, quantize_model, round_to_nearest
+from qbench.grid import GRIDS
 from qbench.models.blocks import find_blocks
 from qbench.models.bypass import Bypass, bypass_of
 from qbench.models.bypass import same as alike
 from qbench.models.streaming import resident
 from qbench.quantization import calibration, passes
-from qbench.quantization.activations import activations_off, scales_per_sequence
+from qbench.quantization.activations import (
+    ActivationQuantizer,
+    _InputHook,
+    activations_off,
+    scales_of_sequences,
+)
 from qbench.quantization.calibration import capture
 from qbench.quantization.outcome import batching_of, quantization_of
 from qbench.quantization.passes import Calibration
@@ -248,18 +254,90 @@ def test_activation_quantizers_can_be_switched_off_for_a_while():
     assert not torch.equal(logits(model), logits(only_weights))
 
 
-def test_scales_per_sequence_are_those_of_each_sequence_alone():
-    model, ids = tiny_model(), tiny_windows(3, 20, seed=9)
+def test_scales_of_sequences_are_those_of_each_sequence_alone():
+    model, ids, lengths = tiny_model(), tiny_windows(3, 20, seed=9), [20, 13, 7]
     quantize_model(model, "absmax", "W8A4:a=tensor", WINDOWS)
-    assert batching_of(model) == "equal length"
+    assert batching_of(model) == "unshared"
+
+    def without_filling(logits):
+        return torch.cat([row[:n] for row, n in zip(logits, lengths, strict=True)])
+
     with torch.no_grad():
-        alone = torch.cat([model(input_ids=row[None]).logits for row in ids])
+        each = [
+            model(input_ids=row[None, :n]).logits[0] for row, n in zip(ids, lengths, strict=True)
+        ]
         together = model(input_ids=ids).logits
-        with scales_per_sequence(model):
+        with scales_of_sequences(lengths):
             apart = model(input_ids=ids).logits
+    alone = torch.cat(each)
     # rounding ties may fall otherwise in a product of another shape
-    assert (apart - alone).abs().median() < 1e-6
-    assert (together - alone).abs().median() > 1e-4
+    assert (without_filling(apart) - alone).abs().median() < 1e-6
+    assert (without_filling(together) - alone).abs().median() > 1e-4
+
+
+@pytest.mark.parametrize(("grid", "bits"), [(g.name, g.min_bits) for g in GRIDS.values()])
+def test_filling_is_no_part_of_a_scale_on_any_grid(grid, bits):
+    quantizer, lengths = ActivationQuantizer(bits, grid, "tensor"), [9, 1, 4]
+    x = torch.randn(3, 9, 16, generator=torch.Generator().manual_seed(3))
+    for one, n in zip(x, lengths, strict=True):
+        one[n:] *= 100
+    x[1] = x[1].abs()  # a sequence of one sign
+    with scales_of_sequences(lengths):
+        found = quantizer(x)
+    for one, own, n in zip(found, x, lengths, strict=True):
+        torch.testing.assert_close(one[:n], quantizer(own[None, :n])[0])
+    assert torch.equal(quantizer(x), quantizer(x.reshape(1, 27, 16)).reshape(x.shape))
+
+
+@pytest.mark.parametrize("scheme", ["W4A4", "W4A4:a=tensor", "W4A8:static"])
+def test_a_tensor_that_several_linears_read_is_rounded_once(scheme, monkeypatch):
+    """Query, key and value; gate and up: four roundings instead of seven, of the same values."""
+    model, rounded = tiny_model(), []
+    quantize_model(model, "rtn", scheme, WINDOWS)
+    plain, quantizer = copy.deepcopy(model), ActivationQuantizer.__call__
+    for block in quantization_of(plain).blocks:
+        for module in block.module.modules():
+            for hook in module._forward_pre_hooks.values():
+                if isinstance(getattr(hook, "hook", None), _InputHook):
+                    hook.hook.next.clear()
+    counting = lambda self, x: rounded.append(self) or quantizer(self, x)  # noqa: E731
+    monkeypatch.setattr(ActivationQuantizer, "__call__", counting)
+    expected, each = logits(plain), len(rounded)
+    assert torch.equal(logits(model), expected)
+    assert 7 * (len(rounded) - each) == 4 * each > 0
+
+
+def test_linears_of_other_widths_round_what_they_share_by_themselves():
+    model, per_linear = tiny_model(), {}
+    quantize_model(model, "rtn", "W4A4;*.k_proj=W4A8;*.up_proj=W4A16", WINDOWS)
+    _, block = find_blocks(model)[0]
+    for name in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"):
+        owner = block.self_attn if name[0] in "qkv" else block.mlp
+        getattr(owner, name).register_forward_pre_hook(
+            lambda _, args, name=name: per_linear.update({name: args[0].unique().numel()})
+        )
+    with torch.no_grad():
+        model(input_ids=WINDOWS[:1, :2])
+    assert per_linear["q_proj"] == per_linear["v_proj"] < 31 < per_linear["k_proj"]
+    assert per_linear["gate_proj"] < 31 < per_linear["up_proj"]
+
+
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=list(GRIDS))
+def test_signed_codes_have_the_zero_point_0(grid):
+    x = torch.randn(7, 33, generator=torch.Generator().manual_seed(1))
+    for bits in {grid.min_bits, min(8, grid.max_bits)}:
+        affine = grid.fit(x, bits)
+        assert (grid.qmin(bits) < 0) == (not affine.zero_point.any())
+        expected = grid.decode(grid.encode(x, affine, bits), affine)
+        assert torch.equal(ActivationQuantizer(bits, grid.name, "token")(x), expected)
+
+
+def test_scales_of_sequences_refuse_an_input_without_them():
+    quantizer = ActivationQuantizer(8, "restricted", "tensor")
+    with scales_of_sequences([3, 2]):
+        for shape in [(6, 16), (3, 3, 16), (2, 2, 16)]:
+            with pytest.raises(QBenchError, match="one row"):
+                quantizer(torch.ones(shape))
 
 
 def test_routed_experts_lose_their_sequences_so_that_every_row_runs_alone():
@@ -269,13 +347,13 @@ def test_routed_experts_lose_their_sequences_so_that_every_row_runs_alone():
     assert batching_of(model) == "one row"
 
 
-def test_equal_rows_together_score_as_every_row_alone():
+def test_unshared_rows_together_score_as_every_row_alone():
     model = tiny_model()
     quantize_model(model, "absmax", "W8A8:a=tensor", WINDOWS)
     options = {"limit": 6, "data_dir": DATA}
     found = evaluate(model, tiny_tokenizer(), ["arc_easy"], **options)["arc_easy"]
     alone = evaluate(model, tiny_tokenizer(), ["arc_easy"], batching="one row", **options)
-    assert found.details["batching"] == "equal length"
+    assert found.details["batching"] == "unshared"
     differences = found.items["loglikelihood"] - alone["arc_easy"].items["loglikelihood"]
     assert abs(differences).max() < 0.05 * abs(found.items["loglikelihood"]).mean()
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from test_sharing import EXACT, OTHERS, brute, build, questions
 
+from qbench import quantize_model
 from qbench.errors import QBenchError, RunFailed
 from qbench.evaluation import forward as module
 from qbench.evaluation import scoring
@@ -175,11 +176,7 @@ LACKING = [
 
 @pytest.mark.parametrize(
     ("batching", "error"),
-    [
-        *(("shared", error) for error in LACKING),
-        ("padded", LACKING[0]),
-        ("equal length", LACKING[0]),
-    ],
+    [*(("shared", error) for error in LACKING), ("padded", LACKING[0])],
 )
 def test_where_memory_is_lacking_the_budget_is_halved_and_nothing_is_lost(batching, error):
     model, packed, seen = tiny_model(), PackedRows(questions()), []
@@ -196,6 +193,26 @@ def test_where_memory_is_lacking_the_budget_is_halved_and_nothing_is_lost(batchi
     assert expected.details["oom_halvings"] == 0 and expected.details["batch_tokens"] == 200
     assert found.details["oom_halvings"] >= 1 and found.details["batch_tokens"] <= 100
     assert seen == sorted(seen) and seen[-1][0] == seen[-1][1]
+
+
+def test_a_forward_that_knows_nothing_of_scales_over_each_row_gets_one_at_a_time():
+    model, packed, sizes = tiny_model(), PackedRows(questions()), set()
+    quantize_model(model, "absmax", "W8A4:a=tensor")
+
+    def plain(model, batches):
+        for batch in batches:
+            sizes.add(len(batch.ids))
+            yield [model(**batch.inputs(model.device, model.dtype)).logits[0, batch.wanted]]
+
+    found = score(model, packed, forward=plain)
+    assert found.details["batching"] == "one row" and sizes == {1}
+    expected = score(model, packed)
+    assert expected.details["batching"] == "unshared"
+    np.testing.assert_allclose(
+        [s.loglikelihood for s in found.scores],
+        [s.loglikelihood for s in expected.scores],
+        atol=1e-3,
+    )
 
 
 def test_one_row_that_does_not_fit_is_a_run_that_failed():

@@ -287,6 +287,6 @@ def test_a_model_with_scales_over_its_inputs_is_scored_row_by_row_unasked():
     quantize_model(model, "absmax", "W8A4:a=tensor")
     found = score(model, PackedRows(rows))
     alone = score(model, PackedRows(rows), batching="one row")
-    assert found.details["batching"] == "equal length"
+    assert found.details["batching"] == "unshared"
     for one, other in zip(found.scores, alone.scores, strict=True):
         assert one.loglikelihood == pytest.approx(other.loglikelihood, abs=1e-3)

@@ -19,6 +19,7 @@ from qbench.errors import QBenchError
 from qbench.evaluation.packing import Batch
 from qbench.models.blocks import find_blocks
 from qbench.models.streaming import stream_of
+from qbench.quantization.activations import scales_of_sequences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,8 +62,14 @@ def lacks_memory(error: BaseException) -> bool:
 def _logits(model: PreTrainedModel, batch: Batch) -> Iterator[torch.Tensor]:
     inputs: dict[str, Any] = batch.inputs(model.device, model.dtype) | {"use_cache": False}
     head: Any = model.get_output_embeddings()
+
+    def run() -> torch.Tensor:
+        with scales_of_sequences(batch.lengths):
+            logits: torch.Tensor = model(**inputs).logits
+        return logits
+
     if batch.whole_head or head is None:
-        yield from _whole(model(**inputs).logits, batch.wanted)
+        yield from _whole(run(), batch.wanted)
         return
     places = _Places(batch.wanted)
     step = max(1, LOGITS_AT_ONCE // int(model.config.get_text_config().vocab_size))
@@ -70,7 +77,7 @@ def _logits(model: PreTrainedModel, batch: Batch) -> Iterator[torch.Tensor]:
         stack.enter_context(_hooked(head, places))
         if len(batch.wanted) > step and stack.enter_context(_run_once(model, places)):
             places.part = slice(0, step)
-        logits = model(**inputs).logits
+        logits = run()
         if places.given is None:  # the model multiplies with the head's weight by itself
             yield from _whole(logits, batch.wanted)
             return
@@ -79,7 +86,7 @@ def _logits(model: PreTrainedModel, batch: Batch) -> Iterator[torch.Tensor]:
         yield part.pop()
         while places.part.stop < len(batch.wanted):
             places.part = slice(places.part.stop, places.part.stop + step)
-            yield model(**inputs).logits.flatten(0, -2)
+            yield run().flatten(0, -2)
 
 
 def _whole(logits: torch.Tensor, wanted: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -9,7 +9,8 @@ the same batches.
 ``shared``        trees, under an attention mask of their own
 ``padded``        one row after the other, filled up on the right, which no causal model sees; a row
                   that continues another shares its start
-``equal length``  rows of one length together, nothing filled up and nothing shared
+``unshared``      padded, but every row whole: told their lengths, scales over an input at run time
+                  are those of each row alone
 ``one row``       every row by itself
 
 Left out: running the batches (:mod:`qbench.evaluation.forward`).
@@ -72,6 +73,8 @@ class Batch:
     ends: torch.Tensor | None = None
     whole_head: bool = False
     """Whether the output head has to see every position."""
+    lengths: list[int] | None = None
+    """Per sequence: how many tokens are not filling, where scales are to be of those alone."""
 
     @property
     def is_one_row(self) -> bool:
@@ -174,8 +177,11 @@ def _plan(
     trees.sort(key=lambda tree: (-len(tree.tokens), tree.rows[0]))
     one_by_one = policy == "one row"
     batches = []
-    for group in _fill(trees, 1 if one_by_one else budget, policy == "equal length"):
-        batches.append(_batch(group, whole_head=one_by_one))
+    for group in _fill(trees, 1 if one_by_one else budget):
+        batch = _batch(group, whole_head=one_by_one)
+        if policy == "unshared":
+            batch.lengths = [len(tree.tokens) for tree in group]
+        batches.append(batch)
     return batches
 
 
@@ -262,14 +268,12 @@ def _grow(sequences: list[_Sequence], rows: Sequence[Row]) -> _Tree:
     return tree
 
 
-def _fill(trees: list[_Tree], budget: int, equal: bool) -> Iterator[list[_Tree]]:
+def _fill(trees: list[_Tree], budget: int) -> Iterator[list[_Tree]]:
     """Longest first, as many at a time as the budget holds but at least one."""
     start = 0
     while start < len(trees):
         width = len(trees[start].tokens)
         stop = min(len(trees), start + max(1, budget // width))
-        if equal:
-            stop = next((i for i in range(start, stop) if len(trees[i].tokens) != width), stop)
         yield trees[start:stop]
         start = stop
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -23,7 +23,6 @@ from qbench.evaluation.tasks import Progress
 from qbench.models.products import fast_products
 from qbench.models.side_by_side import AT_ONCE, number_at_once, side_by_side, threads_shared
 from qbench.models.streaming import stream_of
-from qbench.quantization.activations import scales_per_sequence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,7 +51,8 @@ def read_rows(
         policy: a key of ``BATCHING``.
         budget: tokens in a batch.
         progress: called with tokens done and tokens in all.
-        forward: what runs batches; None is the model's own.
+        forward: what runs batches; None is the model's own. Another one knows nothing of scales
+            over each row alone: "unshared" becomes "one row".
         in_turn: whether it, or ``read``, must not work on two batches at once.
 
     Returns:
@@ -62,8 +62,9 @@ def read_rows(
     Raises:
         RunFailed: when one row alone does not fit into memory.
     """
-    alone = scales_per_sequence(model) if policy == "equal length" else nullcontext()
-    with torch.inference_mode(), alone:
+    if policy == "unshared" and forward is not None:
+        policy = "one row"
+    with torch.inference_mode():
         reader = _Reader(model, rows, read, forward or forward_of(model), in_turn)
         reader.run(policy, budget, progress)
     how = {"batching": policy, "batch_tokens": reader.budget}

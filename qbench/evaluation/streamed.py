@@ -19,6 +19,7 @@ from qbench.models.bypass import Call, blocks_replaced, bypass_of
 from qbench.models.products import fast_products
 from qbench.models.side_by_side import number_at_once, side_by_side, threads_shared
 from qbench.models.streaming import resident
+from qbench.quantization.activations import scales_of_sequences
 from qbench.quantization.calibration import capture_calls
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def _through_all_blocks(
     for name, module in find_blocks(model):
 
         def run(own: nn.Module, index: int, name: str = name) -> torch.Tensor:
-            with fast_products(model):
+            with fast_products(model), scales_of_sequences(group[index].lengths):
                 return captured.runner(name, own)(hidden[index], index)
 
         with resident(model, name):

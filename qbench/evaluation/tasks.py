@@ -32,7 +32,7 @@ ENCODINGS = {
 BATCHING = {
     "shared": "rows that begin alike run as one tree, where that is exact; else padded",
     "padded": "rows of similar length together, filled up on the right",
-    "equal length": "rows of one length together, unpadded; scales per tensor see one row each",
+    "unshared": "padded, and no row shares its start; scales per tensor see one row each",
     "one row": "every row by itself, the output head on all of it",
 }
 """How rows share a batch; the first one is the default."""

@@ -100,7 +100,9 @@ def first_tensor(output: Any) -> Tensor:
 class _Recorder:
     """Everything one run of a block shows: products, norm outputs, where attention happens."""
 
-    def __init__(self, block: nn.Module, linears: Iterable[Linear]) -> None:
+    def __init__(self, block: nn.Module, linears: Iterable[Linear], sequences: torch.Size) -> None:
+        self.sequences = sequences
+        """(sequences, tokens) that the block runs on."""
         self.names = {module: name for name, module in block.named_modules()}
         self.by_module = {linear.module: linear for linear in linears}
         self.stack: list[str] = []
@@ -116,7 +118,7 @@ class _Recorder:
     def product(self, linear: Linear, x: Tensor, transposed: bool) -> None:
         linear.transposed = transposed
         again = any(linear is known for known, _, _ in self.products)
-        linear.sees_sequences = x.ndim == 3 and not again
+        linear.sees_sequences = x.ndim == 3 and x.shape[:2] == self.sequences and not again
         self.products.append((linear, x, self.stack[-1] if self.stack else ""))
 
     def saw_attention(self, sdpa: bool) -> None:
@@ -166,9 +168,9 @@ class _TraceMode(ProductMode):
 
 @contextmanager
 def _recording(
-    block: nn.Module, linears: Iterable[Linear], loose: Iterable[Linear]
+    block: nn.Module, linears: Iterable[Linear], loose: Iterable[Linear], sequences: torch.Size
 ) -> Iterator[_Recorder]:
-    recorder = _Recorder(block, linears)
+    recorder = _Recorder(block, linears, sequences)
     handles = []
     for module in block.modules():
         if module is not block:
@@ -192,7 +194,7 @@ def trace_block(
     Without ``folds`` no norm is tried out: that takes further runs, and is for transforms alone.
     """
     owned, loose = _owned_matrices(module), _loose_matrices(module)
-    with _recording(module, owned, loose) as seen:
+    with _recording(module, owned, loose, hidden.shape[:2]) as seen:
         reference = runner(hidden, 0)
     block = Block(name, module, runner)
     _sort_matrices(block, owned, loose, [linear for linear, _, _ in seen.products])

@@ -12,9 +12,12 @@ and value projections instead, as SmoothQuant's code does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -23,7 +26,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from qbench.errors import QBenchError
-from qbench.grid import Affine, default_activation_grid, get_grid
+from qbench.grid import RANGE_GRIDS, Affine, Grid, default_activation_grid, get_grid
 from qbench.models.blocks import Block
 from qbench.models.linear import Handle, Linear, OpenModes, attach
 from qbench.quantization.observers import Observer
@@ -73,22 +76,53 @@ class ActivationQuantizer:
             static = get_grid(scheme.agrid).fit(observed.reshape(1, -1), scheme.abits)
         return cls(scheme.abits, scheme.agrid, scheme.a_granularity, static)
 
-    def __call__(self, x: Tensor, per_sequence: bool = False) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         """A rounded copy of ``x`` in its own dtype.
 
-        With ``per_sequence`` a scale "per tensor" is taken over each of the sequences of
-        (sequences, tokens, channels), as if each had come alone.
+        A scale "per tensor" is taken over all of ``x``, or over the sequences that
+        :func:`scales_of_sequences` tells of.
         """
-        grid = get_grid(self.grid)
+        grid, sequences = get_grid(self.grid), _SEQUENCES.get()
+        rows = x.float() if x.dtype.itemsize < 4 else x
         if self.static is not None:
             affine = Affine(*(part.to(x.device) for part in self.static))
-            values = x.float()
-            return grid.decode(grid.encode(values, affine, self.bits), affine).to(x.dtype)
-        if self.granularity == "tensor":
-            if per_sequence and x.ndim == 3:
-                return grid.fake_quantize(x.flatten(1), self.bits).reshape(x.shape)
-            return grid.fake_quantize(x.reshape(1, -1), self.bits).reshape(x.shape)
-        return grid.fake_quantize(x, self.bits)
+        elif self.granularity == "tensor" and sequences is not None:
+            affine, rows = self._of_sequences(rows, sequences), rows.flatten(1)
+        else:
+            rows = rows.reshape(1, -1) if self.granularity == "tensor" else rows
+            affine = grid.fit(rows, self.bits)
+        return _round(rows, grid, affine, self.bits).reshape(x.shape).to(x.dtype)
+
+    def is_like(self, other: ActivationQuantizer) -> bool:
+        """Whether the other one makes the same of the same tensor."""
+        if (self.bits, self.grid, self.granularity) != (other.bits, other.grid, other.granularity):
+            return False
+        if self.static is None or other.static is None:
+            return self.static is other.static
+        return all(map(torch.equal, self.static, other.static))
+
+    def _of_sequences(self, x: Tensor, sequences: _Sequences) -> Affine:
+        """Scale and zero point of each sequence of (sequences, tokens, channels), (sequences, 1).
+
+        Raises:
+            QBenchError: for anything else than that many sequences.
+        """
+        grid, inside = get_grid(self.grid), sequences.inside(x)
+        if self.grid not in RANGE_GRIDS:
+            own = zip(x, sequences.lengths, strict=True)
+            fitted = [grid.fit(one[:n].reshape(1, -1), self.bits) for one, n in own]
+            return Affine(*(torch.cat(parts) for parts in zip(*fitted, strict=True)))
+        # filling repeats the first token, which is no filling
+        low, high = (ends.where(inside, ends[:, :1]) for ends in (x.amin(-1), x.amax(-1)))
+        return grid.fit(torch.stack([low.amin(-1), high.amax(-1)], dim=-1), self.bits)
+
+
+def _round(rows: Tensor, grid: Grid, affine: Affine, bits: float) -> Tensor:
+    """Rows (..., n) as a grid with a scale and a zero point per row rounds them."""
+    low, high = grid.codes(bits)
+    if low < 0:  # signed codes have the zero point 0: half of the work is to add it
+        return (rows / affine.scale).round_().clamp_(low, high).mul_(affine.scale)
+    return grid.decode(grid.encode(rows, affine, bits), affine)
 
 
 @dataclass
@@ -96,7 +130,6 @@ class Switch:
     """What all activation quantizers of one model obey."""
 
     on: bool = True
-    per_sequence: bool = False
 
 
 _SWITCH = "_qbench_activations"
@@ -122,30 +155,78 @@ def activations_off(model: nn.Module) -> Iterator[None]:
         switch.on = before
 
 
-@contextmanager
-def scales_per_sequence(model: nn.Module) -> Iterator[None]:
-    """While active, scales "per tensor" are taken over each sequence of a batch alone.
+@dataclass
+class _Sequences:
+    """Sequences that are filled up to one length."""
 
-    Sequences of one length can then share a batch and get what each would get alone.
+    lengths: Sequence[int]
+    _inside: Tensor | None = None
+
+    def inside(self, x: Tensor) -> Tensor:
+        """Which tokens of (sequences, tokens, channels) are not filling, (sequences, tokens)."""
+        if x.ndim != 3 or len(x) != len(self.lengths) or x.shape[1] < max(self.lengths):
+            raise QBenchError(
+                f"{len(self.lengths)} sequences of up to {max(self.lengths)} tokens were to have "
+                f"scales of their own, but a linear reads {tuple(x.shape)}; evaluate with "
+                "batching='one row'"
+            )
+        known = self._inside
+        if known is None or known.device != x.device or known.shape != x.shape[:2]:
+            places = torch.arange(x.shape[1], device=x.device)
+            ends = torch.tensor(self.lengths, device=x.device)
+            known = self._inside = places < ends[:, None]
+        return known
+
+
+_SEQUENCES: ContextVar[_Sequences | None] = ContextVar("sequences of a batch", default=None)
+
+
+@contextmanager
+def scales_of_sequences(lengths: Sequence[int] | None) -> Iterator[None]:
+    """While active in this thread, scales "per tensor" are taken over each sequence alone.
+
+    Sequences can then share a batch and get what each would get alone.
+
+    Args:
+        lengths: of each sequence in every (sequences, tokens, channels) that a linear reads; the
+            tokens behind are filling. None takes scales over the whole input.
     """
-    switch = switch_of(model)
-    before, switch.per_sequence = switch.per_sequence, True
+    token = _SEQUENCES.set(None if lengths is None else _Sequences(lengths))
     try:
         yield
     finally:
-        switch.per_sequence = before
+        _SEQUENCES.reset(token)
 
 
-@dataclass
 class _InputHook:
-    quantizers: dict[str, ActivationQuantizer]
-    """Per linear name."""
-    switch: Switch
+    """Rounds what linears read; a tensor that several read alike, one after another, once."""
+
+    def __init__(
+        self,
+        quantizers: dict[str, ActivationQuantizer],
+        switch: Switch,
+        input_groups: Iterable[Sequence[str]],
+    ) -> None:
+        """Names of linears lead to quantizers; those of a group read one tensor, in their order."""
+        self.quantizers, self.switch = quantizers, switch
+        self.next: dict[str, str] = {}
+        """Linear -> the one that is going to read the same and round it alike."""
+        for group in input_groups:
+            for name, following in pairwise(name for name in group if name in quantizers):
+                if quantizers[name].is_like(quantizers[following]):
+                    self.next[name] = following
+        self.held: dict[int, tuple[str, Tensor, Tensor]] = {}
+        """Per thread: who is to read again what was rounded last, that, and what came of it."""
 
     def __call__(self, linear: Linear, x: Tensor) -> Tensor | None:
         if not self.switch.on:
             return None
-        return self.quantizers[linear.name](x, self.switch.per_sequence)
+        reader, known, rounded = self.held.pop(get_ident(), ("", x, x))
+        if reader != linear.name or known is not x:
+            rounded = self.quantizers[linear.name](x)
+        if linear.name in self.next:
+            self.held[get_ident()] = self.next[linear.name], x, rounded
+        return rounded
 
 
 @dataclass
@@ -154,7 +235,7 @@ class _OutputHook:
     switch: Switch
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        return self.quantizer(output, self.switch.per_sequence) if self.switch.on else None
+        return self.quantizer(output) if self.switch.on else None
 
 
 class _RoundKeysAndValues(TorchFunctionMode):
@@ -246,7 +327,7 @@ def quantize_activations(
             quantizers[name] = ActivationQuantizer.of(own, ranges.get(name))
             attached.sees_sequences &= linear.sees_sequences
     if quantizers:
-        hook = _InputHook(quantizers, switch)
+        hook = _InputHook(quantizers, switch, block.input_groups)
         attached.handles += attach([block.linears[name] for name in quantizers], hook)
     if scheme.bmm:
         dynamic = ActivationQuantizer(

@@ -50,12 +50,12 @@ class Quantization:
         """How rows may share a batch: a key of ``qbench.evaluation.tasks.BATCHING``.
 
         None where they may as they like. Scales over the whole input at run time are those of a
-        sequence alone: sequences of one length may share a batch, and where a linear's input has
-        lost its sequences (routed experts) none may.
+        sequence alone: whole sequences may share a batch, and where a linear's input has lost its
+        sequences (routed experts) none may.
         """
         if not self.scheme.depends_on_batch:
             return None
-        return "equal length" if self.sees_sequences else "one row"
+        return "unshared" if self.sees_sequences else "one row"
 
 
 def mark_(model: nn.Module, result: Quantization) -> None:

@@ -363,8 +363,7 @@ class Workbench:
 
 
 _BATCHING_NOTES = {
-    "equal length": "activation scales per input tensor: taken over each row alone, "
-    "rows of one length evaluated together",
+    "unshared": "activation scales per input tensor: taken over each row alone, none shared",
     "one row": "activation scales per input tensor: evaluated one unpadded row at a time",
 }
 
