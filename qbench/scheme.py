@@ -133,8 +133,8 @@ class Scheme:
     def depends_on_batch(self) -> bool:
         """Whether an activation scale is taken over the whole input tensor at run time.
 
-        Such a model gives a sentence another score in another batch, so it is evaluated one
-        unpadded row at a time. What ``bmm`` rounds has no static scales, only dynamic ones.
+        Such a model gives a sentence another score in another batch, so in an evaluation the scale
+        is taken over each row alone. What ``bmm`` rounds has no static scales, only dynamic ones.
         """
         per_tensor = self.static or self.a_granularity == "tensor"
         own = self.abits < 16 and per_tensor and (self.bmm or not self.static)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from cli_fixtures import DATA, qbench
 from invented_architecture import odd_model, odd_windows
+from torch import nn
 
 from qbench import Baseline, QBenchError, evaluate, quantize_model, round_to_nearest
 from qbench.grid import GRIDS
@@ -295,16 +296,81 @@ def test_a_tensor_that_several_linears_read_is_rounded_once(scheme, monkeypatch)
     model, rounded = tiny_model(), []
     quantize_model(model, "rtn", scheme, WINDOWS)
     plain, quantizer = copy.deepcopy(model), ActivationQuantizer.__call__
-    for block in quantization_of(plain).blocks:
-        for module in block.module.modules():
-            for hook in module._forward_pre_hooks.values():
-                if isinstance(getattr(hook, "hook", None), _InputHook):
-                    hook.hook.next.clear()
+    for hook in rounding_hooks(plain):
+        hook.next.clear()
     counting = lambda self, x: rounded.append(self) or quantizer(self, x)  # noqa: E731
     monkeypatch.setattr(ActivationQuantizer, "__call__", counting)
     expected, each = logits(plain), len(rounded)
     assert torch.equal(logits(model), expected)
     assert 7 * (len(rounded) - each) == 4 * each > 0
+
+
+def rounding_hooks(model):
+    for module in model.modules():
+        for hook in module._forward_hooks.values():
+            if isinstance(getattr(hook, "__self__", None), _InputHook):
+                yield hook.__self__
+
+
+def test_nothing_that_was_rounded_is_kept_after_a_pass_whole_or_broken_off():
+    model = tiny_model()
+    quantize_model(model, "rtn", "W4A4", WINDOWS)
+    hooks, held = list(rounding_hooks(model)), []
+    assert len(hooks) == len(find_blocks(model))
+    logits(model)
+    assert not any(hook.held for hook in hooks)
+
+    def lacking(module, args):
+        held.extend(hook.held for hook in hooks if hook.held)
+        raise torch.OutOfMemoryError("between the query and the key")
+
+    _, block = find_blocks(model)[0]
+    block.self_attn.k_proj.register_forward_pre_hook(lacking, prepend=True)
+    with pytest.raises(torch.OutOfMemoryError):
+        logits(model)
+    assert held == [{}]
+    assert not any(hook.held for hook in hooks)
+
+
+def test_where_others_run_between_two_readers_nothing_is_held():
+    """Falcon's MLP reads what its attention read, after the attention's own output projection."""
+    model = tiny_model("falcon")
+    quantize_model(model, "rtn", "W4A4", WINDOWS)
+    assert any(len(group) > 1 for group in quantization_of(model).blocks[0].input_groups)
+    assert [hook.next for hook in rounding_hooks(model)] == [{}] * len(find_blocks(model))
+
+
+@pytest.mark.parametrize("scheme", ["W16A4:a=tensor,bmm", "W16A4:static,bmm"])
+def test_rounded_attention_inputs_have_scales_of_each_sequence_too(scheme):
+    model, ids = tiny_model(), tiny_windows(2, 20, seed=9)
+    quantize_model(model, "rtn", scheme, WINDOWS)
+    with torch.no_grad(), scales_of_sequences([20, 6]):
+        apart = model(input_ids=ids).logits[1, :6]
+    with torch.no_grad():
+        alone = model(input_ids=ids[1:, :6]).logits[0]
+        together = model(input_ids=ids).logits[1, :6]
+    assert (apart - alone).abs().median() < 1e-6
+    assert (together - alone).abs().median() > 1e-4
+
+
+class Flat(nn.Module):
+    """A linear that runs the rows of a batch as one long row."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x.reshape(1, -1, x.shape[-1])).reshape(*x.shape[:2], -1)
+
+
+@pytest.mark.parametrize("calibration", [None, WINDOWS])
+def test_rows_that_are_laid_end_to_end_have_lost_their_sequences(calibration):
+    model = tiny_model()
+    _, block = find_blocks(model)[0]
+    block.mlp.down_proj = Flat(block.mlp.down_proj)
+    quantize_model(model, "rtn", "W8A8:a=tensor", calibration)
+    assert batching_of(model) == "one row"
 
 
 def test_linears_of_other_widths_round_what_they_share_by_themselves():
@@ -335,7 +401,7 @@ def test_signed_codes_have_the_zero_point_0(grid):
 def test_scales_of_sequences_refuse_an_input_without_them():
     quantizer = ActivationQuantizer(8, "restricted", "tensor")
     with scales_of_sequences([3, 2]):
-        for shape in [(6, 16), (3, 3, 16), (2, 2, 16)]:
+        for shape in [(6, 16), (3, 3, 16), (2, 2, 16), (2, 4, 16)]:
             with pytest.raises(QBenchError, match="one row"):
                 quantizer(torch.ones(shape))
 

@@ -215,6 +215,28 @@ def test_a_forward_that_knows_nothing_of_scales_over_each_row_gets_one_at_a_time
     )
 
 
+def test_halved_batches_of_a_model_with_scales_per_tensor_keep_each_row_its_scales(monkeypatch):
+    model, packed = tiny_model(), PackedRows(questions())
+    quantize_model(model, "absmax", "W8A4:a=tensor")
+    expected = score(model, packed, 200)
+    inner = model.forward
+
+    def small(**inputs):
+        if inputs["input_ids"].numel() > 50:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return inner(**inputs)
+
+    monkeypatch.setattr(model, "forward", small)
+    found = score(model, packed, 200)
+    assert found.details["batching"] == expected.details["batching"] == "unshared"
+    assert found.details["oom_halvings"] >= 1 and expected.details["oom_halvings"] == 0
+    np.testing.assert_allclose(
+        [s.loglikelihood for s in found.scores],
+        [s.loglikelihood for s in expected.scores],
+        atol=1e-3,
+    )
+
+
 def test_one_row_that_does_not_fit_is_a_run_that_failed():
     memory = small_memory(10, torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(

@@ -282,7 +282,7 @@ def test_off_for_long_rows_says_nothing_of_short_ones():
     assert alone["batching"] == "shared"
 
 
-def test_a_model_with_scales_over_its_inputs_is_scored_row_by_row_unasked():
+def test_a_model_with_scales_over_its_inputs_is_scored_unshared_unasked():
     model, rows = build("llama"), questions()
     quantize_model(model, "absmax", "W8A4:a=tensor")
     found = score(model, PackedRows(rows))

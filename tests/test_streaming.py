@@ -251,14 +251,16 @@ def test_a_saved_streamed_model_is_an_ordinary_checkpoint(folder, tmp_path):
 # --- evaluation -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("scheme", "batching"), [("W4A8", "padded"), ("W4A4:a=tensor", None)])
 def test_every_score_is_that_of_the_model_in_memory_and_blocks_are_read_once(
-    folder, tmp_path, monkeypatch
+    folder, tmp_path, monkeypatch, scheme, batching
 ):
-    options = {"limit": 6, "data_dir": DATA, "batch_tokens": 64, "batching": "padded"}
+    options = {"limit": 6, "data_dir": DATA, "batch_tokens": 64, "batching": batching}
     model, whole = opened(folder, tmp_path / "work"), in_memory(folder)
     for each in (model, whole):
-        quantize_model(each, "gptq", "W4A8", WINDOWS)
+        quantize_model(each, "gptq", scheme, WINDOWS)
     expected = evaluate(whole, tiny_tokenizer(), ["arc_easy", "wikitext2@gptq-32"], **options)
+    assert {r.details["batching"] for r in expected.values()} == {batching or "unshared"}
     loads = []
     load = streaming.Stream._load
     monkeypatch.setattr(

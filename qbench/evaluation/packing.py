@@ -9,8 +9,8 @@ the same batches.
 ``shared``        trees, under an attention mask of their own
 ``padded``        one row after the other, filled up on the right, which no causal model sees; a row
                   that continues another shares its start
-``unshared``      padded, but every row whole: told their lengths, scales over an input at run time
-                  are those of each row alone
+``unshared``      padded, but every row whole; ``Batch.lengths`` lets scales over an input at run
+                  time be those of each row alone
 ``one row``       every row by itself
 
 Left out: running the batches (:mod:`qbench.evaluation.forward`).

@@ -84,7 +84,7 @@ def score(
         batch_tokens: budget of a batch, padding included; None takes what suits the device, and
             under "shared" twice the longest row where that is more.
         batching: a key of ``BATCHING``; None is "shared". Where sharing is not exact on this model
-            "shared" becomes "padded".
+            "shared" becomes "padded", and with a ``forward`` "unshared" becomes "one row".
         progress: called with tokens done and tokens in all.
         sharing: what is known of the model; None tests it.
         forward: what runs batches, one after the other; None is the model's own

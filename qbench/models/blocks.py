@@ -100,8 +100,8 @@ def first_tensor(output: Any) -> Tensor:
 class _Recorder:
     """Everything one run of a block shows: products, norm outputs, where attention happens."""
 
-    def __init__(self, block: nn.Module, linears: Iterable[Linear], sequences: torch.Size) -> None:
-        self.sequences = sequences
+    def __init__(self, block: nn.Module, linears: Iterable[Linear], leading: torch.Size) -> None:
+        self.leading = leading
         """(sequences, tokens) that the block runs on."""
         self.names = {module: name for name, module in block.named_modules()}
         self.by_module = {linear.module: linear for linear in linears}
@@ -118,7 +118,7 @@ class _Recorder:
     def product(self, linear: Linear, x: Tensor, transposed: bool) -> None:
         linear.transposed = transposed
         again = any(linear is known for known, _, _ in self.products)
-        linear.sees_sequences = x.ndim == 3 and x.shape[:2] == self.sequences and not again
+        linear.sees_sequences = x.ndim == 3 and x.shape[:2] == self.leading and not again
         self.products.append((linear, x, self.stack[-1] if self.stack else ""))
 
     def saw_attention(self, sdpa: bool) -> None:
@@ -168,9 +168,9 @@ class _TraceMode(ProductMode):
 
 @contextmanager
 def _recording(
-    block: nn.Module, linears: Iterable[Linear], loose: Iterable[Linear], sequences: torch.Size
+    block: nn.Module, linears: Iterable[Linear], loose: Iterable[Linear], leading: torch.Size
 ) -> Iterator[_Recorder]:
-    recorder = _Recorder(block, linears, sequences)
+    recorder = _Recorder(block, linears, leading)
     handles = []
     for module in block.modules():
         if module is not block:

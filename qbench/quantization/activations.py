@@ -164,10 +164,10 @@ class _Sequences:
 
     def inside(self, x: Tensor) -> Tensor:
         """Which tokens of (sequences, tokens, channels) are not filling, (sequences, tokens)."""
-        if x.ndim != 3 or len(x) != len(self.lengths) or x.shape[1] < max(self.lengths):
+        if x.ndim != 3 or len(x) != len(self.lengths) or x.shape[1] != max(self.lengths):
             raise QBenchError(
-                f"{len(self.lengths)} sequences of up to {max(self.lengths)} tokens were to have "
-                f"scales of their own, but a linear reads {tuple(x.shape)}; evaluate with "
+                f"{len(self.lengths)} sequences of {max(self.lengths)} tokens were to have scales "
+                f"of their own, but a linear reads {tuple(x.shape)}; evaluate with "
                 "batching='one row'"
             )
         known = self._inside
@@ -199,7 +199,10 @@ def scales_of_sequences(lengths: Sequence[int] | None) -> Iterator[None]:
 
 
 class _InputHook:
-    """Rounds what linears read; a tensor that several read alike, one after another, once."""
+    """Rounds what linears read; a tensor that several read alike, one after another, once.
+
+    Nobody may write into that tensor, or into what came of it, in between.
+    """
 
     def __init__(
         self,
@@ -207,14 +210,15 @@ class _InputHook:
         switch: Switch,
         input_groups: Iterable[Sequence[str]],
     ) -> None:
-        """Names of linears lead to quantizers; those of a group read one tensor, in their order."""
+        """Names of linears, in the order they run, lead to quantizers; a group reads one tensor."""
         self.quantizers, self.switch = quantizers, switch
         self.next: dict[str, str] = {}
         """Linear -> the one that is going to read the same and round it alike."""
-        for group in input_groups:
-            for name, following in pairwise(name for name in group if name in quantizers):
-                if quantizers[name].is_like(quantizers[following]):
-                    self.next[name] = following
+        groups = {name: number for number, group in enumerate(input_groups) for name in group}
+        for name, following in pairwise(quantizers):
+            alike = quantizers[name].is_like(quantizers[following])
+            if alike and groups.get(name, name) == groups.get(following, following):
+                self.next[name] = following
         self.held: dict[int, tuple[str, Tensor, Tensor]] = {}
         """Per thread: who is to read again what was rounded last, that, and what came of it."""
 
@@ -227,6 +231,10 @@ class _InputHook:
         if linear.name in self.next:
             self.held[get_ident()] = self.next[linear.name], x, rounded
         return rounded
+
+    def release(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Let go of what would have been read again, had the block run to its end."""
+        self.held.pop(get_ident(), None)
 
 
 @dataclass
@@ -329,13 +337,15 @@ def quantize_activations(
     if quantizers:
         hook = _InputHook(quantizers, switch, block.input_groups)
         attached.handles += attach([block.linears[name] for name in quantizers], hook)
+        attached.handles.append(block.module.register_forward_hook(hook.release, always_call=True))
     if scheme.bmm:
         dynamic = ActivationQuantizer(
             scheme.abits, scheme.agrid, "tensor" if scheme.static else scheme.a_granularity
         )
-        for name in block.attention_inputs:
-            module = block.linears[name].module
-            attached.handles.append(module.register_forward_hook(_OutputHook(dynamic, switch)))
+        for linear in (block.linears[name] for name in block.attention_inputs):
+            attached.sees_sequences &= linear.sees_sequences
+            handle = linear.module.register_forward_hook(_OutputHook(dynamic, switch))
+            attached.handles.append(handle)
     if scheme.kvbits < 16 and block.attention is not None:
         offered = get_grid(scheme.agrid).offers(scheme.kvbits)
         agrid = scheme.agrid if offered else default_activation_grid(scheme.kvbits)

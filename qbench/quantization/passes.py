@@ -59,8 +59,12 @@ class Calibration:
 
     @cached_property
     def _trace_capture(self) -> Captured:
+        tokens = self.windows[:1, :TRACE_TOKENS]
+        half = tokens.shape[1] // 2
+        if half:  # two rows, so that an input which has lost them shows
+            tokens = tokens[:, : 2 * half].reshape(2, half)
         with torch.no_grad(), eager_experts(self.model):
-            return capture(self.model, self.windows[:1, :TRACE_TOKENS])
+            return capture(self.model, tokens, len(tokens))
 
     def trace(self, number: int, name: str, module: nn.Module, folds: bool) -> Block:
         """Trace a block of this model or of a copy, before anything changes it.

@@ -357,8 +357,8 @@ def check_block(block: Block, scheme: Scheme) -> None:
 
 
 def trace_windows(model: nn.Module) -> Tensor:
-    """A few arbitrary tokens (1, 16), to trace blocks when no method needs data."""
+    """A few arbitrary tokens (1, 32), to trace blocks when no method needs data."""
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
     vocabulary = embeddings.num_embeddings
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, vocabulary, (1, 16), generator=generator)
+    return torch.randint(0, vocabulary, (1, 32), generator=generator)

@@ -363,7 +363,8 @@ class Workbench:
 
 
 _BATCHING_NOTES = {
-    "unshared": "activation scales per input tensor: taken over each row alone, none shared",
+    "unshared": "activation scales per input tensor: taken over each row alone, "
+    "rows share no beginning",
     "one row": "activation scales per input tensor: evaluated one unpadded row at a time",
 }
 
