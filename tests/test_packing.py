@@ -111,7 +111,7 @@ def test_prompts_longer_than_a_tree_is_wide_share_what_they_begin_with():
     rows = [Row([*c, *range(k, k + 5)], 5) for c in contexts for k in (10, 20, 30, 40)]
     packed = PackedRows(rows)
     trees = packed.batches("shared", 700, width=64)
-    assert [b.ids.shape for b in trees] == [(2, 300 + 4 * 4)]
+    assert [b.ids.shape for b in trees] == 2 * [(1, 300 + 4 * 4)]
     assert packed.saved(700, 64) == pytest.approx(1 - 2 * 316 / (8 * 304))
     assert all(b.is_one_row for b in packed.batches("shared", 304, width=64))
 
@@ -130,6 +130,16 @@ def test_unshared_rows_are_whole_and_tell_how_long_they_are():
     assert all(b.lengths is None for b in packed.batches("padded", 64))
     whole = PackedRows(questions()).batches("one row", 64)
     assert {b.ids.shape[0] for b in whole} == {1} and all(b.whole_head for b in whole)
+
+
+def test_batches_come_in_pairs_of_like_size():
+    """Ten rows of ten tokens under a budget of sixty: five and five, not six and four."""
+    rows = [Row([k, *range(100, 110)], 2) for k in range(1, 11)]
+    assert [b.ids.shape for b in PackedRows(rows).batches("padded", 60)] == 2 * [(5, 10)]
+    assert [len(b.ids) for b in PackedRows(rows).batches("padded", 40)] == [3, 3, 3, 1]
+    assert [b.ids.shape for b in PackedRows(rows).batches("padded", 160)] == 2 * [(5, 10)]
+    few = PackedRows(rows[:3]).batches("padded", 160)  # a quarter of the budget is the least
+    assert [b.ids.shape for b in few] == [(3, 10)]
 
 
 def test_batches_are_made_once_and_the_same_every_time():

@@ -177,7 +177,7 @@ def _plan(
     trees.sort(key=lambda tree: (-len(tree.tokens), tree.rows[0]))
     one_by_one = policy == "one row"
     batches = []
-    for group in _fill(trees, 1 if one_by_one else budget):
+    for group in _fill(trees, 1 if one_by_one else _evenly(trees, budget)):
         batch = _batch(group, whole_head=one_by_one)
         if policy == "unshared":
             batch.lengths = [len(tree.tokens) for tree in group]
@@ -266,6 +266,24 @@ def _grow(sequences: list[_Sequence], rows: Sequence[Row]) -> _Tree:
     for place in branch:
         tree.ends[place] = len(tree.tokens)
     return tree
+
+
+def _evenly(trees: list[_Tree], budget: int) -> int:
+    """The least budget that makes no more batches, or one more where their number is odd.
+
+    Two batches may run side by side: neither is to wait long for the other, nor the last to run by
+    itself. Batches under a quarter of the budget are not worth it.
+    """
+    most = sum(1 for _ in _fill(trees, budget))
+    most += most % 2
+    low, high = max(1, budget // 4), budget
+    while low < high:
+        middle = (low + high) // 2
+        if sum(1 for _ in _fill(trees, middle)) <= most:
+            high = middle
+        else:
+            low = middle + 1
+    return low
 
 
 def _fill(trees: list[_Tree], budget: int) -> Iterator[list[_Tree]]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -31,6 +31,8 @@ U = TypeVar("U")
 
 _TRIED = "_qbench_stands_alone"
 """Attribute of a model: what came of trying its double. Copies of the model inherit it."""
+_NO_MODULE = {type(None), bool, int, float, str, set, dict, OrderedDict}
+"""What most attributes of modules are, so that they need no look; submodules are in a dict."""
 AT_ONCE = 2
 """Batches at a time: each needs its activations, and more would wait for the interpreter."""
 
@@ -43,10 +45,13 @@ def double_of(model: ModuleT) -> ModuleT:
     """
     doubles: dict[nn.Module, nn.Module] = {}
     for module in model.modules():
-        doubles[module] = double = copy.copy(module)
+        doubles[module] = double = object.__new__(type(module))
         for name, value in vars(module).items():
-            if isinstance(value, (dict, set)):
-                vars(double)[name] = copy.copy(value)
+            if type(value) is OrderedDict:  # hooks, of which copy.copy makes hard work
+                value = value.copy()
+            elif isinstance(value, (dict, set)):
+                value = copy.copy(value)
+            vars(double)[name] = value
     for double in doubles.values():
         for name, child in double._modules.items():
             double._modules[name] = None if child is None else doubles[child]
@@ -72,12 +77,12 @@ def stands_alone(model: nn.Module) -> bool:
     module in an attribute, something in place of a ``forward``, compiled modules), and a model in
     memory is tried out once: no module of the first may run when the double does.
     """
-    if any(
-        (name in ("forward", "_compiled_call_impl") and value is not None) or _is_of_module(value)
-        for module in model.modules()
-        for name, value in vars(module).items()
-    ):
-        return False
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if type(value) in _NO_MODULE:
+                continue
+            if name in ("forward", "_compiled_call_impl") or _is_of_module(value):
+                return False
     if any(tensor.device.type == "meta" for tensor in model.parameters()):
         return True  # blocks on disk, each of which is doubled while it is here
     if _TRIED not in vars(model):
