@@ -194,7 +194,7 @@ def test_the_reference_is_run_once_and_left_as_it_was(tokenizer):
     assert once > 1
     results = [task.against(reference).run(shaken(model, seed)) for seed in (0, 1)]
     handle.remove()
-    batches = len(task.rows.batches("padded", reference.batch_tokens))
+    batches = len(task.rows.batches("padded", reference.batch_tokens, pairs=True))
     assert len(calls) == once + 2 * batches  # the copies inherit the counting hook
     assert results[0].metrics != results[1].metrics
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

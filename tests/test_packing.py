@@ -111,7 +111,7 @@ def test_prompts_longer_than_a_tree_is_wide_share_what_they_begin_with():
     rows = [Row([*c, *range(k, k + 5)], 5) for c in contexts for k in (10, 20, 30, 40)]
     packed = PackedRows(rows)
     trees = packed.batches("shared", 700, width=64)
-    assert [b.ids.shape for b in trees] == 2 * [(1, 300 + 4 * 4)]
+    assert [b.ids.shape for b in trees] == [(2, 300 + 4 * 4)]
     assert packed.saved(700, 64) == pytest.approx(1 - 2 * 316 / (8 * 304))
     assert all(b.is_one_row for b in packed.batches("shared", 304, width=64))
 
@@ -132,14 +132,30 @@ def test_unshared_rows_are_whole_and_tell_how_long_they_are():
     assert {b.ids.shape[0] for b in whole} == {1} and all(b.whole_head for b in whole)
 
 
-def test_batches_come_in_pairs_of_like_size():
-    """Ten rows of ten tokens under a budget of sixty: five and five, not six and four."""
-    rows = [Row([k, *range(100, 110)], 2) for k in range(1, 11)]
-    assert [b.ids.shape for b in PackedRows(rows).batches("padded", 60)] == 2 * [(5, 10)]
-    assert [len(b.ids) for b in PackedRows(rows).batches("padded", 40)] == [3, 3, 3, 1]
-    assert [b.ids.shape for b in PackedRows(rows).batches("padded", 160)] == 2 * [(5, 10)]
-    few = PackedRows(rows[:3]).batches("padded", 160)  # a quarter of the budget is the least
-    assert [b.ids.shape for b in few] == [(3, 10)]
+def sizes(rows, budget, pairs):
+    return [len(b.ids) for b in PackedRows(rows).batches("padded", budget, pairs=pairs)]
+
+
+def test_batches_that_run_two_at_a_time_come_in_pairs_of_like_size():
+    rows = [Row([k, *range(100, 110)], 2) for k in range(1, 11)]  # ten rows of ten tokens
+    assert sizes(rows, 60, pairs=False) == [6, 4] and sizes(rows, 60, pairs=True) == [5, 5]
+    assert sizes(rows, 160, pairs=False) == [10] and sizes(rows, 160, pairs=True) == [5, 5]
+    assert sizes(rows[:9], 40, pairs=True) == [4, 4, 1]  # three and three would wait for the last
+    assert sizes(rows[:7], 160, pairs=True) == [7]  # under half of the budget
+
+
+@pytest.mark.parametrize("policy", ["shared", "padded", "unshared"])
+@pytest.mark.parametrize("budget", [12, 33, 50, 120, 1000])
+def test_pairs_never_wait_longer_than_without_pairing(policy, budget):
+    packed = PackedRows(questions())
+
+    def wait(pairs):
+        ran = [b.ids.numel() for b in packed.batches(policy, budget, pairs=pairs)]
+        return sum(max(ran[i : i + 2]) for i in range(0, len(ran), 2))
+
+    assert wait(True) <= wait(False)
+    scored = [b.rows for b in packed.batches(policy, budget, pairs=True)]
+    assert sorted(sum(scored, [])) == packed.wanted
 
 
 def test_batches_are_made_once_and_the_same_every_time():

@@ -121,6 +121,27 @@ def test_a_double_shares_tensors_and_no_hooks():
     assert not hasattr(model.model, "own")
 
 
+class CopiedItsOwnWay(torch.nn.Linear):
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.made_by = "setstate"
+
+
+def test_a_module_that_has_its_own_way_to_be_copied_is_copied_so():
+    module = torch.nn.Sequential(CopiedItsOwnWay(3, 3), torch.nn.ReLU())
+    double = double_of(module)
+    assert double[0].made_by == "setstate" and not hasattr(module[0], "made_by")
+    assert double[0] is not module[0] and double[0].weight is module[0].weight
+
+
+def test_a_compiled_script_has_no_double():
+    model = tiny_model()
+    model.model.layers[0].mlp.act_fn = torch.jit.trace(torch.nn.SiLU(), torch.ones(2))
+    with on_threads(2):
+        assert number_at_once(model, 4) == 1
+        score(model, PackedRows(questions()))
+
+
 def test_modules_that_are_one_are_one_in_the_double():
     inner = torch.nn.Linear(2, 2)
     double = double_of(torch.nn.Sequential(inner, torch.nn.Sequential(inner)))

@@ -130,7 +130,7 @@ class PackedRows:
         self.wanted = [i for i, row in enumerate(rows) if row.n_scored > 0]
         self.longest = max((len(rows[i].tokens) - 1 for i in self.wanted), default=0)
         """Tokens of the longest sequence that is run."""
-        self._plans: dict[tuple[str, int, int], list[Batch]] = {}
+        self._plans: dict[tuple[str, int, int, bool], list[Batch]] = {}
         self._saved: dict[tuple[int, int], float] = {}
 
     def saved(self, budget: int, width: int = WIDTH) -> float:
@@ -143,7 +143,12 @@ class PackedRows:
         return self._saved[budget, width]
 
     def batches(
-        self, policy: str, budget: int, left: Sequence[int] | None = None, width: int = WIDTH
+        self,
+        policy: str,
+        budget: int,
+        left: Sequence[int] | None = None,
+        width: int = WIDTH,
+        pairs: bool = False,
     ) -> list[Batch]:
         """The batches of a policy under a budget of tokens, padding included.
 
@@ -152,19 +157,25 @@ class PackedRows:
             budget: a sequence longer than it is a batch of its own.
             left: only these rows.
             width: most tokens of a tree.
+            pairs: whether they are to run two at a time, so that few should be of like size.
         """
         if left is not None:
-            return _plan(self.rows, left, policy, budget, width)
-        key = (policy, budget, width if policy == "shared" else 0)
+            return _plan(self.rows, left, policy, budget, width, pairs)
+        key = (policy, budget, width if policy == "shared" else 0, pairs)
         if key not in self._plans:
             for other in [other for other in self._plans if other[0] == policy]:
                 del self._plans[other]  # one budget at a time is enough to keep
-            self._plans[key] = _plan(self.rows, self.wanted, policy, budget, width)
+            self._plans[key] = _plan(self.rows, self.wanted, policy, budget, width, pairs)
         return self._plans[key]
 
 
 def _plan(
-    rows: Sequence[Row], wanted: Sequence[int], policy: str, budget: int, width: int
+    rows: Sequence[Row],
+    wanted: Sequence[int],
+    policy: str,
+    budget: int,
+    width: int,
+    pairs: bool = False,
 ) -> list[Batch]:
     sequences = _distinct(rows, wanted)
     if policy == "shared":
@@ -177,7 +188,8 @@ def _plan(
     trees.sort(key=lambda tree: (-len(tree.tokens), tree.rows[0]))
     one_by_one = policy == "one row"
     batches = []
-    for group in _fill(trees, 1 if one_by_one else _evenly(trees, budget)):
+    fill = _fill_in_pairs if pairs and not one_by_one else _fill
+    for group in fill(trees, 1 if one_by_one else budget):
         batch = _batch(group, whole_head=one_by_one)
         if policy == "unshared":
             batch.lengths = [len(tree.tokens) for tree in group]
@@ -268,24 +280,6 @@ def _grow(sequences: list[_Sequence], rows: Sequence[Row]) -> _Tree:
     return tree
 
 
-def _evenly(trees: list[_Tree], budget: int) -> int:
-    """The least budget that makes no more batches, or one more where their number is odd.
-
-    Two batches may run side by side: neither is to wait long for the other, nor the last to run by
-    itself. Batches under a quarter of the budget are not worth it.
-    """
-    most = sum(1 for _ in _fill(trees, budget))
-    most += most % 2
-    low, high = max(1, budget // 4), budget
-    while low < high:
-        middle = (low + high) // 2
-        if sum(1 for _ in _fill(trees, middle)) <= most:
-            high = middle
-        else:
-            low = middle + 1
-    return low
-
-
 def _fill(trees: list[_Tree], budget: int) -> Iterator[list[_Tree]]:
     """Longest first, as many at a time as the budget holds but at least one."""
     start = 0
@@ -294,6 +288,41 @@ def _fill(trees: list[_Tree], budget: int) -> Iterator[list[_Tree]]:
         stop = min(len(trees), start + max(1, budget // width))
         yield trees[start:stop]
         start = stop
+
+
+def _fill_in_pairs(trees: list[_Tree], budget: int) -> list[list[_Tree]]:
+    """As :func:`_fill`, or under a smaller budget where pairs then have less to wait for.
+
+    Tried are the least budgets that make as many batches, and one more. A single batch under half
+    of the budget stays one.
+    """
+    plain = list(_fill(trees, budget))
+    if len(plain) == 1 and 2 * _size(plain[0]) < budget:
+        return plain
+    others = [_least(trees, budget, most) for most in (len(plain), len(plain) + 1)]
+    return min([plain, *(list(_fill(trees, other)) for other in others)], key=_wait)
+
+
+def _least(trees: list[_Tree], budget: int, most: int) -> int:
+    """The least budget of no more than so many batches: a larger one never makes more."""
+    low = 1
+    while low < budget:
+        middle = (low + budget) // 2
+        if sum(1 for _ in _fill(trees, middle)) <= most:
+            budget = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def _size(trees: list[_Tree]) -> int:
+    return len(trees) * len(trees[0].tokens)
+
+
+def _wait(batches: list[list[_Tree]]) -> int:
+    """Tokens until the last batch has run, where each pair takes as long as its larger one."""
+    sizes = [_size(batch) for batch in batches]
+    return sum(max(sizes[i : i + 2]) for i in range(0, len(sizes), 2))
 
 
 def _batch(trees: list[_Tree], whole_head: bool) -> Batch:

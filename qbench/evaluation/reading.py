@@ -20,7 +20,7 @@ from qbench.errors import RunFailed
 from qbench.evaluation.forward import Forward, forward_of, lacks_memory
 from qbench.evaluation.packing import Batch, PackedRows, tree_width
 from qbench.evaluation.tasks import Progress
-from qbench.models.products import fast_products
+from qbench.models.products import device_kind, fast_products
 from qbench.models.side_by_side import AT_ONCE, number_at_once, side_by_side, threads_shared
 from qbench.models.streaming import stream_of
 
@@ -86,7 +86,8 @@ class _Reader(Generic[T]):
         self.model, self.rows = model, rows
         self.results = partial(read_batches, model, read=read, forward=forward, in_turn=in_turn)
         self.most_at_once = 1 if in_turn and stream_of(model) is None else AT_ONCE
-        self.width = tree_width(model)
+        pairs = not in_turn and device_kind(model) == "cpu"
+        self.batches = partial(rows.batches, width=tree_width(model), pairs=pairs)
         self.found: dict[int, T] = {}
         self.budget = self.halvings = 0
         self.at_once = 1
@@ -95,7 +96,7 @@ class _Reader(Generic[T]):
     def run(self, policy: str, budget: int, progress: Progress | None) -> None:
         """Read every row, in smaller and smaller batches if it must be."""
         self.budget = budget
-        left, later = self.rows.batches(policy, budget, width=self.width), list[Batch]()
+        left, later = self.batches(policy, budget), list[Batch]()
         total = sum(len(self.rows.rows[i].tokens) for i in self.rows.wanted)
         done = 0
         while left or later:
@@ -129,7 +130,7 @@ class _Reader(Generic[T]):
             self.halvings += 1
             self.budget = max(1, min(self.budget, failed.ids.numel()) // 2)
             unscored = [i for batch in (*left[finished:], *later) for i in batch.rows]
-            left, later = self.rows.batches(policy, self.budget, unscored, self.width), []
+            left, later = self.batches(policy, self.budget, unscored), []
 
 
 def read_batches(

@@ -22,6 +22,7 @@ from typing import TypeVar
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from qbench.models.products import device_kind, on_threads
 
@@ -45,18 +46,27 @@ def double_of(model: ModuleT) -> ModuleT:
     """
     doubles: dict[nn.Module, nn.Module] = {}
     for module in model.modules():
-        doubles[module] = double = object.__new__(type(module))
+        doubles[module] = double = _shallow(module)
         for name, value in vars(module).items():
             if type(value) is OrderedDict:  # hooks, of which copy.copy makes hard work
-                value = value.copy()
+                vars(double)[name] = value.copy()
             elif isinstance(value, (dict, set)):
-                value = copy.copy(value)
-            vars(double)[name] = value
+                vars(double)[name] = copy.copy(value)
     for double in doubles.values():
         for name, child in double._modules.items():
             double._modules[name] = None if child is None else doubles[child]
     found = doubles[model]
     assert isinstance(found, type(model))
+    return found
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    """``copy.copy``, without its detour where a class has no way of its own to be copied."""
+    kind = type(module)
+    if hasattr(kind, "__copy__") or kind.__setstate__ is not nn.Module.__setstate__:
+        return copy.copy(module)
+    found: nn.Module = object.__new__(kind)
+    vars(found).update(vars(module))
     return found
 
 
@@ -78,6 +88,8 @@ def stands_alone(model: nn.Module) -> bool:
     memory is tried out once: no module of the first may run when the double does.
     """
     for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            return False
         for name, value in vars(module).items():
             if type(value) in _NO_MODULE:
                 continue
@@ -98,9 +110,11 @@ def _is_of_module(value: object) -> bool:
 
 def _try_out(model: nn.Module) -> bool:
     ran: list[nn.Module] = []
-    double = double_of(model)
-    handles = [m.register_forward_pre_hook(lambda m, _: ran.append(m)) for m in model.modules()]
+    handles: list[RemovableHandle] = []
     try:
+        double = double_of(model)
+        for module in model.modules():
+            handles.append(module.register_forward_pre_hook(lambda m, _: ran.append(m)))
         with torch.no_grad():
             double(input_ids=torch.tensor([[1, 2, 3, 4]]), use_cache=False)
     except Exception:  # noqa: BLE001 - whatever a model raises that is called in another way

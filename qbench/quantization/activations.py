@@ -12,7 +12,7 @@ and value projections instead, as SmoothQuant's code does.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -208,17 +208,17 @@ class _InputHook:
         self,
         quantizers: dict[str, ActivationQuantizer],
         switch: Switch,
-        input_groups: Iterable[Sequence[str]],
+        block: Block,
     ) -> None:
-        """Names of linears, in the order they run, lead to quantizers; a group reads one tensor."""
+        """The quantizers of a block's linears, by name; others of its linears have none."""
         self.quantizers, self.switch = quantizers, switch
         self.next: dict[str, str] = {}
         """Linear -> the one that is going to read the same and round it alike."""
-        groups = {name: number for number, group in enumerate(input_groups) for name in group}
-        for name, following in pairwise(quantizers):
-            alike = quantizers[name].is_like(quantizers[following])
-            if alike and groups.get(name, name) == groups.get(following, following):
-                self.next[name] = following
+        groups = {name: number for number, group in enumerate(block.input_groups) for name in group}
+        for name, following in pairwise(block.linears):  # in the order they run
+            if {name, following} <= quantizers.keys() and groups[name] == groups[following]:
+                if quantizers[name].is_like(quantizers[following]):
+                    self.next[name] = following
         self.held: dict[int, tuple[str, Tensor, Tensor]] = {}
         """Per thread: who is to read again what was rounded last, that, and what came of it."""
 
@@ -335,7 +335,7 @@ def quantize_activations(
             quantizers[name] = ActivationQuantizer.of(own, ranges.get(name))
             attached.sees_sequences &= linear.sees_sequences
     if quantizers:
-        hook = _InputHook(quantizers, switch, block.input_groups)
+        hook = _InputHook(quantizers, switch, block)
         attached.handles += attach([block.linears[name] for name in quantizers], hook)
         attached.handles.append(block.module.register_forward_hook(hook.release, always_call=True))
     if scheme.bmm:
