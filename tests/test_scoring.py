@@ -8,7 +8,7 @@ from test_sharing import EXACT, OTHERS, brute, build, questions
 from qbench import quantize_model
 from qbench.errors import QBenchError, RunFailed
 from qbench.evaluation import forward as module
-from qbench.evaluation import scoring
+from qbench.evaluation import packing, scoring, sharing
 from qbench.evaluation.forward import logits_of
 from qbench.evaluation.packing import PackedRows, Row
 from qbench.evaluation.scoring import score, score_rows
@@ -193,6 +193,18 @@ def test_where_memory_is_lacking_the_budget_is_halved_and_nothing_is_lost(batchi
     assert expected.details["oom_halvings"] == 0 and expected.details["batch_tokens"] == 200
     assert found.details["oom_halvings"] >= 1 and found.details["batch_tokens"] <= 100
     assert seen == sorted(seen) and seen[-1][0] == seen[-1][1]
+
+
+def test_batches_are_planned_once_for_all_models(monkeypatch):
+    packed, planned, plan = PackedRows(questions()), [], packing._plan
+    monkeypatch.setattr(packing, "_plan", lambda *args: planned.append(args[2]) or plan(*args))
+    assert score(tiny_model(), packed).details["batching"] == "shared"
+    assert "shared" in planned
+    before = planned.copy()
+    again = tiny_model(seed=1)
+    known = sharing.Sharing(True, "exact", 1 << 20, 1 << 20)
+    score(again, packed, sharing=known)
+    assert planned == before
 
 
 def test_a_forward_that_knows_nothing_of_scales_over_each_row_gets_one_at_a_time():

@@ -3,8 +3,8 @@
 Rows that were asked for twice, or whose tokens begin alike, share what they share. Sorted rows
 become a tree of tokens; laid out branch after branch it is one sequence, in which every token sees
 its own branch alone (``Batch.ends``) and stands at its own depth (``Batch.positions``). Which rows
-stand together depends on the rows, the policy and the budget only, so the same rows always run in
-the same batches.
+stand together depends on the rows, the policy, the budget and whether two batches run at a time, so
+the same rows always run in the same batches on a kind of device.
 
 ``shared``        trees, under an attention mask of their own
 ``padded``        one row after the other, filled up on the right, which no causal model sees; a row
@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from qbench.models.products import device_kind
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -40,6 +42,11 @@ def tree_width(model: PreTrainedModel) -> int:
     """
     hidden = int(getattr(model.config.get_text_config(), "hidden_size", 2 * WIDTH))
     return max(WIDTH // 4, min(WIDTH, hidden // 2))
+
+
+def in_pairs(model: PreTrainedModel, in_turn: bool = False) -> bool:
+    """Whether batches are made to run two at a time: on a CPU, where nothing asks for turns."""
+    return not in_turn and device_kind(model) == "cpu"
 
 
 @dataclass(frozen=True)
@@ -133,10 +140,10 @@ class PackedRows:
         self._plans: dict[tuple[str, int, int, bool], list[Batch]] = {}
         self._saved: dict[tuple[int, int], float] = {}
 
-    def saved(self, budget: int, width: int = WIDTH) -> float:
+    def saved(self, budget: int, width: int = WIDTH, pairs: bool = False) -> float:
         """The share of the tokens of "padded", padding included, that "shared" does not run."""
         if (budget, width) not in self._saved:
-            shared = self.batches("shared", budget, width=width)
+            shared = self.batches("shared", budget, width=width, pairs=pairs)
             padded = _plan(self.rows, self.wanted, "padded", budget, width)  # seldom run: dropped
             sizes = [sum(batch.ids.numel() for batch in plan) for plan in (shared, padded)]
             self._saved[budget, width] = 1 - sizes[0] / max(1, sizes[1])

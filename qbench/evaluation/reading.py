@@ -18,9 +18,9 @@ import torch
 
 from qbench.errors import RunFailed
 from qbench.evaluation.forward import Forward, forward_of, lacks_memory
-from qbench.evaluation.packing import Batch, PackedRows, tree_width
+from qbench.evaluation.packing import Batch, PackedRows, in_pairs, tree_width
 from qbench.evaluation.tasks import Progress
-from qbench.models.products import device_kind, fast_products
+from qbench.models.products import fast_products
 from qbench.models.side_by_side import AT_ONCE, number_at_once, side_by_side, threads_shared
 from qbench.models.streaming import stream_of
 
@@ -86,7 +86,7 @@ class _Reader(Generic[T]):
         self.model, self.rows = model, rows
         self.results = partial(read_batches, model, read=read, forward=forward, in_turn=in_turn)
         self.most_at_once = 1 if in_turn and stream_of(model) is None else AT_ONCE
-        pairs = not in_turn and device_kind(model) == "cpu"
+        pairs = in_pairs(model, in_turn)
         self.batches = partial(rows.batches, width=tree_width(model), pairs=pairs)
         self.found: dict[int, T] = {}
         self.budget = self.halvings = 0

@@ -18,7 +18,7 @@ import torch
 
 from qbench.errors import unknown
 from qbench.evaluation.forward import Forward
-from qbench.evaluation.packing import Batch, PackedRows, Row, tree_width
+from qbench.evaluation.packing import Batch, PackedRows, Row, in_pairs, tree_width
 from qbench.evaluation.reading import read_rows
 from qbench.evaluation.sharing import Sharing, sharing_of
 from qbench.evaluation.tasks import BATCHING, Progress
@@ -122,7 +122,7 @@ def worth_sharing(
 ) -> Sharing:
     """Whether rows are to share their beginning: if that saves something, and is exact."""
     budget = _trees(model, rows, batch_tokens)
-    saved = rows.saved(budget, tree_width(model))
+    saved = rows.saved(budget, tree_width(model), in_pairs(model, forward is not None))
     if saved < WORTH_SHARING:
         return Sharing(False, f"off: it would save {max(0, saved):.0%}")
     return sharing_of(model, rows, known, forward, budget)

@@ -22,7 +22,7 @@ import torch
 
 from qbench.errors import QBenchError
 from qbench.evaluation.forward import Forward, forward_of, lacks_memory
-from qbench.evaluation.packing import WIDTH, Batch, PackedRows, Row, tree_width
+from qbench.evaluation.packing import WIDTH, Batch, PackedRows, Row, in_pairs, tree_width
 from qbench.evaluation.reading import read_batches
 from qbench.quantization.activations import activations_off
 
@@ -86,7 +86,8 @@ def sharing_of(
         forward: what runs batches; None is the model's own.
         budget: of the batches that are going to be run.
     """
-    plan = rows.batches("shared", budget, width=tree_width(model))
+    pairs = in_pairs(model, forward is not None)
+    plan = rows.batches("shared", budget, width=tree_width(model), pairs=pairs)
     trees = [batch for batch in plan if batch.ends is not None]
     if not trees:
         return Sharing(True, "nothing to share", 0, 0)
